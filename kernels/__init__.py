@@ -1,0 +1,1 @@
+"""vlmq.kernels."""

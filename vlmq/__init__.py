@@ -1,0 +1,1 @@
+"""Low-bit post-training quantization for vision-language models."""
