@@ -1,0 +1,40 @@
+"""Progress: what `quantize` tells its caller while it works.
+
+`quantize(..., progress=p)` calls `p.start` once after planning, `p.layer` after each quantized layer, and `p.finish` at
+the end, also when it stops with an error. A progress object only listens: it returns nothing and changes nothing. The
+library itself never prints; the command line brings an object that draws a bar.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vlmq.linear import LayerReport
+
+
+class Progress(Protocol):
+    """The three calls that `quantize` makes, in this order."""
+
+    def start(self, n_blocks: int, n_layers: int) -> None:
+        """Work begins: so many blocks, with so many layers to quantize in all."""
+        ...
+
+    def layer(self, report: "LayerReport", block_name: str) -> None:
+        """One layer of the block of that name is done."""
+        ...
+
+    def finish(self) -> None:
+        """Work has ended, with or without an error."""
+        ...
+
+
+class SilentProgress:
+    """The default: says nothing."""
+
+    def start(self, n_blocks: int, n_layers: int) -> None:
+        """Ignore it."""
+
+    def layer(self, report: "LayerReport", block_name: str) -> None:
+        """Ignore it."""
+
+    def finish(self) -> None:
+        """Ignore it."""
