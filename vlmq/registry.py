@@ -1,7 +1,7 @@
 """Name tables whose entries are imported on first use.
 
-A table is written out in one place, `{"gptq": "vlmq.solvers.gptq:solve"}`, so that a reader sees every entry, an
-unknown name can list the known ones, and nothing heavy is imported before it is asked for.
+A table is written out in one place, `{"gptq": "vlmq.solvers.gptq:solve"}`, so that a reader sees every entry,
+an unknown name can list the known ones, and nothing heavy is imported before it is asked for.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
 """Scheme: the recipe of one layer, and the parser of its short name.
 
-`"int2-g64"` is format int2 in groups of 64, `"ternary-channel"` one group per output channel, `"int4-sym"` the
-symmetric int4 in the default group size.
+`"int2-g64"` is format int2 in groups of 64, `"ternary-channel"` one group per output channel, `"int4-sym"`
+the symmetric int4 in the default group size.
 """
 
 import re
@@ -15,7 +15,7 @@ DEFAULT_GROUP_SIZE = 128
 
 @dataclass(frozen=True)
 class Scheme:
-    """One layer's recipe: its format, its group size (None is per channel), its solver and the solver's options."""
+    """One layer's recipe: format, group size (None is per channel), solver and the solver's options."""
 
     format: Format
     group_size: int | None = DEFAULT_GROUP_SIZE
