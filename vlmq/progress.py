@@ -1,8 +1,8 @@
 """Progress: what `quantize` tells its caller while it works.
 
-`quantize(..., progress=p)` calls `p.start` once after planning, `p.layer` after each quantized layer, and `p.finish` at
-the end, also when it stops with an error. A progress object only listens: it returns nothing and changes nothing. The
-library itself never prints; the command line brings an object that draws a bar.
+`quantize(..., progress=p)` calls `p.start` once after planning, `p.layer` after each quantized layer, and
+`p.finish` at the end, also when it stops with an error. A progress object only listens: it returns nothing and
+changes nothing. The library itself never prints; the command line brings an object that draws a bar.
 """
 
 from typing import TYPE_CHECKING, Protocol
