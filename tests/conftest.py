@@ -1,0 +1,38 @@
+"""What every test stands on: a fixed seed, and memory from `torch.empty` that is not zero by luck."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn; the GPU only where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_poison(*args: object, **kwargs: object) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point():
+            with torch.no_grad():
+                tensor.fill_(torch.nan)
+        return tensor
+
+    return allocate_poison
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill fresh uninitialised memory with NaN: a value that is read before it was written shows up."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))

@@ -1,0 +1,31 @@
+"""The tail limits of the house style: longest files and functions, broad excepts, environment variables."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(p for top in ("vlmq", "calib", "kernels", "eval", "tests") for p in (ROOT / top).rglob("*.py"))
+MAX_LINES = {"kernels": 400, "tests": 400}
+BROAD = {"Exception", "BaseException"}
+
+
+def names(node: ast.AST | None) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} if node else BROAD
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_keeps_to_the_limits(path):
+    text = path.read_text()
+    top = path.relative_to(ROOT).parts[0]
+    tree = ast.parse(text)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    excepts = [n for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler)]
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+
+    assert text.count("\n") <= MAX_LINES.get(top, 300)
+    assert [n.name for n in functions if (n.end_lineno or 0) - n.lineno + 1 > 80] == []
+    if top != "tests":
+        assert [n.lineno for n in excepts if names(n.type) & BROAD] == [], "broad except"
+        assert [n.lineno for n in attributes if n.attr in {"environ", "getenv"}] == [], "environment variable"
