@@ -1,4 +1,4 @@
-"""Imports go down only, read from the syntax tree: no room imports one above it, nor one beside it that it must not see."""
+"""Imports go down only, read from the syntax tree; rooms kept apart by "|" never see each other."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The built wheel, installed elsewhere: every source file is in it, and the three folders only under `vlmq`."""
+"""The built wheel, installed elsewhere: it holds every source file, and the three folders only under vlmq."""
 
 import subprocess
 import sys
