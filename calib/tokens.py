@@ -1,7 +1,7 @@
 """Kinds of tokens, and one calibration batch: what goes into the model beside what each token is.
 
-A kind is an int8 per token: padding never enters a statistic, image tokens stand for visual features, answer tokens
-are those of an assistant turn, and text is everything else.
+A kind is an int8 per token: padding never enters a statistic, image tokens stand for visual features, answer
+tokens are those of an assistant turn, and text is everything else.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class CalibBatch:
 
     Attributes:
         inputs: keyword arguments of the model's forward.
-        kinds: (rows, n_tokens) int8, aligned with the language model's hidden states (PADDING, TEXT, IMAGE, ANSWER).
+        kinds: (rows, n_tokens) int8 (PADDING, TEXT, IMAGE, ANSWER), aligned with the language model's tokens.
     """
 
     inputs: dict[str, Any]

@@ -1,7 +1,7 @@
 """Tiny random models of every family that vlmq supports, and inputs for their forward.
 
-`FAMILIES` maps a family to the function that builds its config; `build` makes the model (seeded, no download), and
-`inputs` makes batches that hold an image (plain language models: text only).
+`FAMILIES` maps a family to the function that builds its config; `build` makes the model (seeded, no
+download), and `inputs` makes batches that hold an image (plain language models: text only).
 """
 
 from collections.abc import Callable
@@ -246,7 +246,7 @@ PLAIN_LANGUAGE = ("llama",)
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of `family` in eval mode with fixed random weights; the global random state is left as it was."""
+    """A model of `family` in eval mode with fixed random weights; the global random state is left alone."""
     if family in DUAL_ENCODERS:
         auto: Any = hf.AutoModel
     elif family in PLAIN_LANGUAGE:

@@ -1,0 +1,221 @@
+"""The layout of a model: its blocks, the part of every linear layer, and what cannot be quantized.
+
+A finder for all families, without code per family: the outermost lists of modules that hold linear layers are
+the stacks of blocks; names on the path sort them into vision, projector, language and text; what lies outside
+the stacks is named together with the reason why it stays as it is. Coverage is counted in parameters of the
+whole model, so that experts stored as three-dimensional parameters, which no linear layer covers, are seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmq.families.parts import AUDIO, is_projector_name, part_of
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A module that is walked as one unit, or a tower (a module around blocks): its path and its part."""
+
+    name: str
+    part: str
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One linear layer.
+
+    Attributes:
+        name: path in the model.
+        part: "vision", "projector", "language", "text" or "audio".
+        block: path of the block that holds it; None outside the blocks.
+        kept: why it stays in full precision by default; None if it is quantized.
+        n_parameters: number of its weights, without the bias.
+    """
+
+    name: str
+    part: str
+    block: str | None
+    kept: str | None
+    n_parameters: int
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """Experts in one parameter (n_experts, rows, columns), which cannot be quantized yet."""
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
+    n_parameters: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `describe` found.
+
+    Attributes:
+        blocks: in the order of the model's modules; blocks do not nest.
+        linears: every linear layer by its path.
+        towers: outermost modules whose blocks all belong to one part; its blocks lie under its path.
+        experts: three-dimensional expert parameters.
+        n_parameters: all parameters of the model, tied ones counted once.
+    """
+
+    blocks: tuple[BlockSpec, ...]
+    linears: dict[str, LinearInfo]
+    towers: tuple[BlockSpec, ...]
+    experts: tuple[ExpertInfo, ...]
+    n_parameters: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of all parameters that lie in linear layers quantized by default."""
+        covered = sum(linear.n_parameters for linear in self.linears.values() if linear.kept is None)
+        return covered / self.n_parameters
+
+
+def describe(model: PreTrainedModel) -> Layout:
+    """Find the blocks, linear layers and experts of `model`.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: no block with linear layers was found.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    blocks = tuple(_find_blocks(model))
+    if not any(block.part != "projector" for block in blocks):
+        raise ValueError(
+            f"{type(model).__name__}: found no list of blocks that hold torch.nn.Linear layers, so there is "
+            "nothing to quantize; expected an nn.ModuleList of transformer blocks, such as 'model.layers'"
+        )
+    return Layout(
+        blocks=blocks,
+        linears={info.name: info for info in _find_linears(model, blocks)},
+        towers=tuple(_find_towers(blocks)),
+        experts=tuple(_find_experts(model)),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(type(m) is nn.Linear for m in module.modules())
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """A list of blocks: a ModuleList, or a Sequential of equal blocks, whose items hold linear layers."""
+    items = list(module.children())
+    if not any(type(item) is not nn.Linear and _has_linears(item) for item in items):
+        return False
+    if isinstance(module, nn.ModuleList):
+        return True
+    n_linears = [sum(type(m) is nn.Linear for m in item.modules()) for item in items]
+    return (
+        isinstance(module, nn.Sequential)
+        and len(items) > 1
+        and len({type(i) for i in items}) == 1
+        and min(n_linears) > 1
+    )
+
+
+def _find_blocks(model: PreTrainedModel) -> Iterator[BlockSpec]:
+    """Blocks in the order of modules, found from the root down; a found block is not searched further."""
+
+    def search(name: str, module: nn.Module) -> Iterator[BlockSpec]:
+        for key, child in module.named_children():
+            path = f"{name}.{key}" if name else key
+            if not _has_linears(child) or type(child) is nn.Linear:
+                continue
+            in_stack = _is_stack(module) and not isinstance(child, nn.ModuleList)
+            is_bridge = is_projector_name(path) and not any(_is_stack(m) for m in child.modules())
+            if in_stack or (is_bridge and not isinstance(child, nn.ModuleList)):
+                part = part_of(model, path, child)
+                if part != AUDIO:
+                    yield BlockSpec(path, part)
+            else:
+                yield from search(path, child)
+
+    yield from search("", model)
+
+
+def _find_towers(blocks: tuple[BlockSpec, ...]) -> Iterator[BlockSpec]:
+    """For every stack the outermost module, not the model itself, whose blocks are all of its part.
+
+    Bridges inside a tower (the mergers of Qwen-VL lie in `visual`) do not count against it.
+    """
+    seen = set()
+    for block in blocks:
+        components = block.name.split(".")
+        for depth in range(1, len(components) - 1):
+            prefix = ".".join(components[:depth])
+            parts = {b.part for b in blocks if b.name.startswith(f"{prefix}.")} - {"projector"}
+            if parts <= {block.part}:
+                if prefix not in seen and parts:
+                    yield BlockSpec(prefix, block.part)
+                seen.add(prefix)
+                break
+
+
+def _find_linears(model: PreTrainedModel, blocks: tuple[BlockSpec, ...]) -> Iterator[LinearInfo]:
+    part_of_block = {block.name: block.part for block in blocks}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        block = next((b for b in _prefixes(name) if b in part_of_block), None)
+        part = part_of_block[block] if block is not None else part_of(model, name, module)
+        yield LinearInfo(name, part, block, _kept(model, name, module, part, block), module.weight.numel())
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    components = name.split(".")
+    return (".".join(components[:depth]) for depth in range(1, len(components)))
+
+
+def _kept(model: PreTrainedModel, name: str, module: nn.Linear, part: str, block: str | None) -> str | None:
+    """Why a linear layer stays in full precision by default, or None."""
+    parents = [model.get_submodule(prefix) for prefix in _prefixes(name)]
+    if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
+        return "multihead attention"
+    if _is_router(name, module, parents[-1] if parents else model):
+        return "router"
+    if type(module) is not nn.Linear:
+        return f"subclass of nn.Linear ({type(module).__name__})"
+    if block is not None:
+        return "projector (off by default)" if part == "projector" else None
+    if any(module.weight is m.weight for m in model.modules() if isinstance(m, nn.Embedding)):
+        return "embedding-tied"
+    if module is model.get_output_embeddings() or name.rpartition(".")[2] == "lm_head":
+        return "lm_head"
+    if "patch" in name:
+        return "patch embedding"
+    if part == "projector" and "." not in name:
+        return "projection head"
+    if part == "projector":
+        return "projector (off by default)"
+    return "audio tower" if part == AUDIO else "outside the blocks"
+
+
+def _is_router(name: str, module: nn.Linear, parent: nn.Module) -> bool:
+    last = name.rpartition(".")[2]
+    has_experts = any("experts" in key for key, _ in parent.named_children())
+    return (
+        "router" in name.lower()
+        or type(module).__name__.endswith("Router")
+        or (last in ("gate", "shared_expert_gate") and has_experts)
+    )
+
+
+def _find_experts(model: PreTrainedModel) -> Iterator[ExpertInfo]:
+    for name, module in model.named_modules():
+        if isinstance(module, _CONVOLUTIONS):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            path = f"{name}.{key}" if name else key
+            if parameter.ndim == 3 and "expert" in f"{path} {type(module).__name__}".lower():
+                part = part_of(model, path.rpartition(".")[0], module)
+                yield ExpertInfo(path, part, tuple(parameter.shape), parameter.numel())
