@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vlmq.formats import Format, QuantizedWeight
 from vlmq.linalg import damp_and_factor
-from vlmq.solvers.grid import Grid, grid_values, round_to_grid, solve_two, stored
+from vlmq.solvers.grid import Grid, align, round_to_grid
+from vlmq.solvers.rtn import fit_groups
 
 
 def refine(
@@ -55,7 +56,9 @@ def refine(
             grid = Grid(scales[:, g], None if zeros is None else zeros[:, g])
             block = _sweep(values[:, a:b], codes[:, a:b], R[:, a:b], H[a:b, a:b], grid, format)
             if refit_grid:
-                grid, block = _refit(values[:, a:b], block, R[:, a:b], H[a:b, a:b], grid, format)
+                gradient = R[:, a:b] - (block[1] - values[:, a:b]) @ H[a:b, a:b]
+                grid, aligned = align(*block, gradient, H[a:b, a:b], grid, format)
+                block = (block[0], aligned)
                 scales[:, g] = grid.scales
                 if zeros is not None and grid.zeros is not None:
                     zeros[:, g] = grid.zeros
@@ -85,35 +88,21 @@ def _sweep(
     return new_codes.T, new_values.T
 
 
-def _refit(
-    old: Tensor, block: tuple[Tensor, Tensor], R: Tensor, H: Tensor, grid: Grid, format: Format
-) -> tuple[Grid, tuple[Tensor, Tensor]]:
-    """Best grid for the codes of a group; kept where its stored form lowers the loss."""
-    codes, values = block
-    levels = torch.tensor(format.levels, dtype=torch.float32, device=codes.device)
-    basis = levels[codes.long()]  # (rows, group, n_terms)
-    first = basis[..., 0]
-    gradient = R - (values - old) @ H
-    HA = first @ H
-    a, x = (HA * first).sum(1), (first * gradient).sum(1)
-    if format.n_terms == 1 and not format.has_zero:
-        usable = a > 0
-        scale = grid.scales[:, 0] + x / torch.where(usable, a, torch.ones_like(a))
-        new = stored(scale[:, None], None, format)
-    else:
-        second = torch.ones_like(first) if format.has_zero else basis[..., 1]
-        HB = second @ H
-        c, y = (HB * second).sum(1), (second * gradient).sum(1)
-        step, other, usable = solve_two(a, (HA * second).sum(1), c, x, y)
-        scale = grid.scales[:, 0] + step
-        if grid.zeros is None:
-            new = stored(torch.stack([scale, grid.scales[:, 1] + other], 1), None, format)
-        else:
-            offset = -grid.scales[:, 0] * grid.zeros + other
-            usable &= scale > 0
-            new = stored(scale[:, None], -offset / torch.where(usable, scale, torch.ones_like(scale)), format)
-    new_values = grid_values(new, format).gather(1, codes.long())
-    change = new_values - values
-    gain = 2 * (change * gradient).sum(1) - ((change @ H) * change).sum(1)
-    better = usable & (gain > 0)
-    return new.where(better, grid), (codes, torch.where(better[:, None], new_values, values))
+def solve(
+    weight: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    format: Format,
+    group_size: int | None,
+    *,
+    generator: torch.Generator | None = None,
+    damp: float = 0.01,
+    n_sweeps: int = 16,
+    tolerance: float = 1e-3,
+    refit_grid: bool = True,
+) -> QuantizedWeight:
+    """Coordinate descent from the weighted k-means start; arguments as in `refine`."""
+    start = fit_groups(target, hessian.diagonal(), format, group_size, n_steps=8)
+    return refine(
+        start, target, hessian, damp=damp, n_sweeps=n_sweeps, tolerance=tolerance, refit_grid=refit_grid
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmq.formats import Format
+from vlmq.formats import Format, get_format
 
 SHRINK_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 SMALLEST_SCALE = 2.0**-20
@@ -121,8 +121,6 @@ def fit_ternary(weight: Tensor, importance: Tensor) -> Grid:
     total = (h * size).cumsum(1)
     mass = h.cumsum(1).clamp(min=1e-30)
     best = (total**2 / mass).argmax(1, keepdim=True)
-    from vlmq.formats import get_format
-
     return stored((total / mass).gather(1, best), None, get_format("ternary"))
 
 
@@ -174,6 +172,54 @@ def refit(weight: Tensor, importance: Tensor, codes: Tensor, grid: Grid, format:
         return stored(torch.stack([scale, other], 1), None, format).where(usable, grid)
     safe = torch.where(usable, scale, torch.ones_like(scale))
     return stored(safe[:, None], -other / safe, format).where(usable, grid)
+
+
+def align(
+    codes: Tensor, values: Tensor, gradient: Tensor, H: Tensor, grid: Grid, format: Format
+) -> tuple[Grid, Tensor]:
+    """Best grid for the codes of one group under a full hessian (the grid alignment of PT2-LLM).
+
+    With the weights of the group written as A p (A holds the levels of the codes, p the scale and the offset, or the
+    scales of two planes) the loss changes by dp^T A^T H A dp - 2 dp^T A^T gradient, which is least at
+    dp = (A^T H A)^-1 A^T gradient. A row takes the new grid only if its stored form lowers the loss.
+
+    Args:
+        codes: (rows, group) float32 holding integers.
+        values: (rows, group) float32, the codes' values on `grid`.
+        gradient: (rows, group) float32, (target - values) H including all that is coupled to the group.
+        H: (group, group) float32.
+        grid: the rows' grids.
+        format: the weight format.
+
+    Returns:
+        the grid and the values (rows, group) of the unchanged codes on it.
+    """
+    levels = torch.tensor(format.levels, dtype=torch.float32, device=codes.device)
+    basis = levels[codes.long()]  # (rows, group, n_terms)
+    first = basis[..., 0]
+    HA = first @ H
+    a, x = (HA * first).sum(1), (first * gradient).sum(1)
+    if format.n_terms == 1 and not format.has_zero:
+        usable = a > 0
+        scale = grid.scales[:, 0] + x / torch.where(usable, a, torch.ones_like(a))
+        new = stored(scale[:, None], None, format)
+    else:
+        second = torch.ones_like(first) if format.has_zero else basis[..., 1]
+        HB = second @ H
+        c, y = (HB * second).sum(1), (second * gradient).sum(1)
+        step, other, usable = solve_two(a, (HA * second).sum(1), c, x, y)
+        scale = grid.scales[:, 0] + step
+        if grid.zeros is None:
+            new = stored(torch.stack([scale, grid.scales[:, 1] + other], 1), None, format)
+        else:
+            offset = -grid.scales[:, 0] * grid.zeros + other
+            usable &= scale > 0
+            new = stored(scale[:, None], -offset / torch.where(usable, scale, torch.ones_like(scale)), format)
+    new_values = grid_values(new, format).gather(1, codes.long())
+    change = new_values - values
+    gain = 2 * (change * gradient).sum(1) - ((change @ H) * change).sum(1)
+    better = usable & (gain > 0)
+    return new.where(better, grid), torch.where(better[:, None], new_values, values)
 
 
 def solve_two(a: Tensor, b: Tensor, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""Round to nearest, and k-means: each group fitted by itself, without feedback between columns.
+
+    min over grid and codes of sum_j h_j (t_j - what_j)^2, for every row and group
+
+`rtn` has h = 1: nearest rounding with a search of the range for the least squared error. `kmeans` has
+h = diag(H), the mean square of each input: the grid that weighted 1-D k-means gives, exact for symmetric ternary
+(see `vlmq.solvers.grid.fit_ternary`). Both are starts for `cd`, and the floor that feedback has to beat.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlmq.formats import Format, QuantizedWeight, n_groups
+from vlmq.solvers.grid import fit_grid, round_to_grid
+
+
+def solve(
+    weight: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    format: Format,
+    group_size: int | None,
+    *,
+    generator: torch.Generator | None = None,
+    n_steps: int = 8,
+) -> QuantizedWeight:
+    """Round every group to the grid of least squared weight error; the hessian is not used.
+
+    Args:
+        weight: (out_features, in_features) float32; only `target` is rounded.
+        target: (out_features, in_features) float32.
+        hessian: (in_features, in_features) float32.
+        format: the weight format.
+        group_size: weights per group, None per channel.
+        generator: not used.
+        n_steps: alternations of the grid fit.
+    """
+    return fit_groups(target, torch.ones_like(target[0]), format, group_size, n_steps)
+
+
+def solve_kmeans(
+    weight: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    format: Format,
+    group_size: int | None,
+    *,
+    generator: torch.Generator | None = None,
+    n_steps: int = 16,
+) -> QuantizedWeight:
+    """Round every group to its weighted k-means grid, with importance diag(H); arguments as in `solve`."""
+    return fit_groups(target, hessian.diagonal(), format, group_size, n_steps)
+
+
+def fit_groups(
+    weight: Tensor, importance: Tensor, format: Format, group_size: int | None, n_steps: int
+) -> QuantizedWeight:
+    """Fit and round all groups of a matrix at once.
+
+    Args:
+        weight: (out_features, in_features) float32.
+        importance: (in_features,) float32, >= 0.
+        format: the weight format.
+        group_size: weights per group, None per channel.
+        n_steps: alternations of the grid fit.
+    """
+    out_features, in_features = weight.shape
+    groups = n_groups(in_features, group_size)
+    size = group_size or in_features
+    missing = groups * size - in_features
+    rows = pad(weight, (0, missing)).view(out_features * groups, size)
+    h = pad(importance, (0, missing)).view(1, groups, size).expand(out_features, -1, -1).reshape(-1, size)
+    grid = fit_grid(rows, h, format, n_steps)
+    codes, _ = round_to_grid(rows, grid, format)
+    zeros = None
+    if grid.zeros is not None:
+        zeros = (grid.zeros / format.zero_step).round().to(torch.uint8).view(out_features, groups)
+    return QuantizedWeight(
+        codes.view(out_features, groups * size)[:, :in_features].to(torch.uint8).contiguous(),
+        grid.scales.half().view(out_features, groups, format.n_terms),
+        zeros,
+        format,
+        group_size,
+    )
