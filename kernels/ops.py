@@ -1,0 +1,125 @@
+"""The operator `torch.ops.vlmq.quant_linear` and the table of its backends.
+
+    y = x W^T + bias,    dL/dx = dL/dy W
+
+W is given by its packed parts (see `vlmq.kernels.packing` and `vlmq.kernels.reference`). The operator is
+opaque to torch.compile, knows its shapes on the meta device, and is differentiable with respect to x and
+bias, so a gradient can pass through a quantized block. Scales have no gradient. Shapes and dtypes of the
+parts are checked where a module is built or loaded, not at each call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmq.kernels import reference
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: `forward` and `grad` are called as the reference's two functions are."""
+
+    name: str
+    supports: Callable[[Tensor, str, int], bool]
+    forward: Callable[..., Tensor]
+    grad: Callable[..., Tensor]
+
+
+def _always(x: Tensor, format_name: str, group_size: int) -> bool:
+    return True
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("reference", _always, reference.quant_linear, reference.quant_linear_grad),
+)
+"""In order of preference; the last one takes everything."""
+
+
+def choose_backend(x: Tensor, format_name: str, group_size: int) -> Backend:
+    """Return the first backend that supports this input."""
+    return next(b for b in BACKENDS if b.supports(x, format_name, group_size))
+
+
+@torch.library.custom_op("vlmq::quant_linear", mutates_args=(), device_types=("cpu", "cuda"))
+def quant_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Apply a packed linear layer; arguments and result as in `vlmq.kernels.reference.quant_linear`."""
+    backend = choose_backend(x, format_name, group_size)
+    return backend.forward(x, qweight, scales, zeros, bias, format_name, in_features, group_size)
+
+
+@quant_linear.register_fake
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@torch.library.custom_op("vlmq::quant_linear_grad", mutates_args=(), device_types=("cpu", "cuda"))
+def quant_linear_grad(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Gradient of the input of a packed linear layer; as in `vlmq.kernels.reference.quant_linear_grad`."""
+    backend = choose_backend(grad, format_name, group_size)
+    return backend.grad(grad, qweight, scales, zeros, format_name, in_features, group_size)
+
+
+@quant_linear_grad.register_fake
+def _(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, scales, zeros, bias, *sizes = inputs
+    if ctx.needs_input_grad[2]:
+        raise RuntimeError(
+            "quant_linear has no gradient for its scales; call requires_grad_(False) on them, "
+            "or train on dequantize()"
+        )
+    ctx.save_for_backward(qweight, scales, zeros)
+    ctx.sizes = sizes
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.vlmq.quant_linear_grad(grad, *ctx.saved_tensors, *ctx.sizes)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+quant_linear.register_autograd(_backward, setup_context=_setup_context)
