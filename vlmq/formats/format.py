@@ -2,10 +2,11 @@
 
     W[o, i] = sum_t s[o, g(i), t] * (L[q[o, i], t] - z[o, g(i)])
 
-`q` is the stored code, `L` the table of levels below, `s` the float16 scales of the group g(i) = i // group_size
-and `z` the zero point of the group. The zero point is an unsigned byte in fixed point, z = zeros * 2^(bits - 8):
-a step of 2^(bits - 8) of a level, so the grid of int2 can stand half-way between two levels, which an integer zero
-point cannot. Formats without a zero point have z = 0 and carry their centre in the levels.
+`q` is the stored code, `L` the table of levels below, `s` the float16 scales of the group g(i) = i //
+group_size and `z` the zero point of the group. The zero point is an unsigned byte in fixed point, z = zeros
+* 2^(bits - 8): a step of 2^(bits - 8) of a level, so the grid of int2 can stand half-way between two
+levels, which an integer zero point cannot. Formats without a zero point have z = 0 and carry their centre
+in the levels.
 
 Two-plane formats have two scales a group, one for each plane; a code is the pair of the planes' codes.
 """
@@ -20,8 +21,8 @@ GROUP_SIZES: tuple[int | None, ...] = (16, 32, 64, 128, None)
 class Format:
     """One way to write a weight as a small integer.
 
-    `levels[code][term]` is the multiple of scale `term` that a code stands for; `bits` is the width of a packed
-    code (ternary codes are packed in two bits); `has_zero` says that each group stores a zero point.
+    `levels[code][term]` is the multiple of scale `term` that a code stands for; `bits` is the width of a
+    packed code (ternary codes are packed in two bits); `has_zero` says that each group stores a zero point.
     """
 
     name: str

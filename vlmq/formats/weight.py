@@ -1,7 +1,7 @@
 """A quantized matrix in its stored numbers: codes, scales, zero points.
 
-Scales are float16 and zero points bytes from the moment they are fitted, so a solver sees exactly the values that
-a checkpoint stores, and saving loses nothing.
+Scales are float16 and zero points bytes from the moment they are fitted, so a solver sees exactly the
+values that a checkpoint stores, and saving loses nothing.
 """
 
 from dataclasses import dataclass

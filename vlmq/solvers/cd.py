@@ -2,11 +2,12 @@
 
     L(What) = tr[(What - T) H (What - T)^T],   residual gradient R = (T - What) H
 
-For a fixed grid the best value of one weight, all others held, is the grid point nearest to what_j + R_j / H_jj
-(QuantEase, CDQuant); a change d of column j moves the gradient by R -= d H_{j,:}. For fixed codes the grid of one
-group that minimises L, all else held, solves a small linear system: with the group's part of the weights written as
-A p (A holds the levels of the codes, p the scale and offset, or the two planes' scales), (A^T H_gg A) dp = A^T R_g.
-A refit is taken, row by row, only where the stored (rounded) grid lowers the loss, so L never rises.
+For a fixed grid the best value of one weight, all others held, is the grid point nearest to what_j + R_j /
+H_jj (QuantEase, CDQuant); a change d of column j moves the gradient by R -= d H_{j,:}. For fixed codes the
+grid of one group that minimises L, all else held, solves a small linear system: with the group's part of
+the weights written as A p (A holds the levels of the codes, p the scale and offset, or the two planes'
+scales), (A^T H_gg A) dp = A^T R_g. A refit is taken, row by row, only where the stored (rounded) grid
+lowers the loss, so L never rises.
 """
 
 import torch

@@ -3,13 +3,13 @@
     L = tr[(What - T) H (What - T)^T],   H^-1 = U^T U with U upper triangular (Frantar et al. 2022)
 
 Columns are rounded one after the other; the error of column j, e = (w_j - what_j) / U_jj, is spread over the
-columns that follow, W_{:,j:} -= e U_{j,j:}. The loss is then exactly sum_j |e_j|^2, so the loss that a grid causes is
-known as soon as its group is rounded. That is used twice: a group's grid is fitted to the weights as compensated so
-far, with importance 1 / U_jj^2, and several candidate grids are carried through the group, each row keeping the one of
-least true loss.
+columns that follow, W_{:,j:} -= e U_{j,j:}. The loss is then exactly sum_j |e_j|^2, so the loss that a grid
+causes is known as soon as its group is rounded. That is used twice: a group's grid is fitted to the weights
+as compensated so far, with importance 1 / U_jj^2, and several candidate grids are carried through the
+group, each row keeping the one of least true loss.
 
-Act-order without a stored permutation ("static groups"): groups stay contiguous in the matrix; the groups are visited
-in order of their mean diag(H), and columns inside a group in order of diag(H), both descending.
+Act-order without a stored permutation ("static groups"): groups stay contiguous in the matrix; the groups
+are visited in order of their mean diag(H), and columns inside a group in order of diag(H), both descending.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The grid of one group: rounding to it, and fitting it.
 
-A grid is a scale per term and, for formats that have one, a zero point (see `vlmq.formats.format`). All functions
-work on many rows at once; a row is one output channel's weights in one group. Importances h >= 0 weigh the squared
-error of each column, sum_j h_j (w_j - what_j)^2.
+A grid is a scale per term and, for formats that have one, a zero point (see `vlmq.formats.format`). All
+functions work on many rows at once; a row is one output channel's weights in one group. Importances h >= 0
+weigh the squared error of each column, sum_j h_j (w_j - what_j)^2.
 """
 
 from dataclasses import dataclass
@@ -80,9 +80,10 @@ def _round_to_line(weight: Tensor, grid: Grid, format: Format) -> tuple[Tensor, 
 def fit_grid(weight: Tensor, importance: Tensor, format: Format, n_steps: int = 8) -> Grid:
     """Fit the grid of least weighted squared error.
 
-    Symmetric ternary is exact (`fit_ternary`). All others alternate two steps from several shrunken ranges, each
-    of which cannot raise the error before storage rounding: nearest codes for the grid, then the closed-form
-    weighted least squares grid for the codes (1-D k-means on an affine or planar set of centroids).
+    Symmetric ternary is exact (`fit_ternary`). All others alternate two steps from several shrunken ranges,
+    each of which cannot raise the error before storage rounding: nearest codes for the grid, then the
+    closed-form weighted least squares grid for the codes (1-D k-means on an affine or planar set of
+    centroids).
 
     Args:
         weight: (rows, columns) float32.
@@ -179,9 +180,10 @@ def align(
 ) -> tuple[Grid, Tensor]:
     """Best grid for the codes of one group under a full hessian (the grid alignment of PT2-LLM).
 
-    With the weights of the group written as A p (A holds the levels of the codes, p the scale and the offset, or the
-    scales of two planes) the loss changes by dp^T A^T H A dp - 2 dp^T A^T gradient, which is least at
-    dp = (A^T H A)^-1 A^T gradient. A row takes the new grid only if its stored form lowers the loss.
+    With the weights of the group written as A p (A holds the levels of the codes, p the scale and the
+    offset, or the scales of two planes) the loss changes by dp^T A^T H A dp - 2 dp^T A^T gradient, which is
+    least at dp = (A^T H A)^-1 A^T gradient. A row takes the new grid only if its stored form lowers the
+    loss.
 
     Args:
         codes: (rows, group) float32 holding integers.

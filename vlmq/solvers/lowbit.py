@@ -1,12 +1,12 @@
 """Ternary and binary weights: iterative fits inside the feedback, aligned to the hessian, then coordinate descent.
 
-Ternary follows PT2-LLM (ICLR 2026) and binary ARB-LLM with its calibrated variant: codes and grid are alternated in
-closed form (for symmetric ternary the exact optimum stands in place of the iteration), the grid is then aligned to
-the hessian with the codes held, and the error is compensated by the columns that follow. Two differences: the
-alignment uses the hessian conditioned on the columns already done, S = (U^T U)^-1, which is the loss that remains
-after compensation, and it is alternated with renewed feedback, each row keeping its best; and coordinate descent with
-refits follows. The two-plane formats (ternary2, binary2) are solved the same way, with a second plane in the residual
-of the first.
+Ternary follows PT2-LLM (ICLR 2026) and binary ARB-LLM with its calibrated variant: codes and grid are
+alternated in closed form (for symmetric ternary the exact optimum stands in place of the iteration), the
+grid is then aligned to the hessian with the codes held, and the error is compensated by the columns that
+follow. Two differences: the alignment uses the hessian conditioned on the columns already done, S = (U^T
+U)^-1, which is the loss that remains after compensation, and it is alternated with renewed feedback, each
+row keeping its best; and coordinate descent with refits follows. The two-plane formats (ternary2, binary2)
+are solved the same way, with a second plane in the residual of the first.
 """
 
 import torch

@@ -3,8 +3,9 @@
     min over grid and codes of sum_j h_j (t_j - what_j)^2, for every row and group
 
 `rtn` has h = 1: nearest rounding with a search of the range for the least squared error. `kmeans` has
-h = diag(H), the mean square of each input: the grid that weighted 1-D k-means gives, exact for symmetric ternary
-(see `vlmq.solvers.grid.fit_ternary`). Both are starts for `cd`, and the floor that feedback has to beat.
+h = diag(H), the mean square of each input: the grid that weighted 1-D k-means gives, exact for symmetric
+ternary (see `vlmq.solvers.grid.fit_ternary`). Both are starts for `cd`, and the floor that feedback has to
+beat.
 """
 
 import torch

@@ -1,0 +1,147 @@
+"""How far the residual stream has drifted where a layer's output enters it, as a shift of the layer's target.
+
+The output z = W u of the last linear layer of an attention or feed-forward branch is added to the residual
+stream, y = r + z. On the quantized path y_U differs from the full-precision y_F through the layer's inputs
+and through what all layers before have left in r. The weights that bring y_U nearest to y_F,
+
+    min over What of ||(r_U + What U) - (r_F + W F)||^2_S,   T = W + R H^-1,   R = (y_F - y_U) S U^T / sum(s),
+
+with y_U taken at What = W, correct both. With r_U = r_F it is the asymmetric target of GPTAQ, R = W (F - U)
+S U^T.
+
+Where z enters the stream is found in any family without its source: the input h of a module that runs later,
+or the block's output, for which dh/dz is the identity and h differs from z. Branches whose output is normed or
+scaled before it is added have no such point, and keep the asymmetric target.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmq.calib.block import Block, BlockCall, hidden_states
+from vlmq.calib.replay import StopForward
+from vlmq.calib.saliency_tokens import frozen, hooked
+from vlmq.calib.trees import first_tensor
+
+
+@dataclass(frozen=True)
+class SumPoint:
+    """Where a layer's output has been added: the input of module `entered`, or the block's output if None."""
+
+    entered: str | None
+
+
+def find_sum_point(block: Block, name: str) -> SumPoint | None:
+    """Find where the output of linear layer `name` enters the residual stream, by one run of the block.
+
+    Returns:
+        the point, or None if the output is used in any other way than added as it is.
+    """
+    leaves: list[Tensor] = []
+    entering: list[tuple[str, Tensor]] = []
+
+    def cut(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        leaves.append(output.detach().clone().requires_grad_())
+        return leaves[0].clone()
+
+    def enter(key: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            h = hidden_states(BlockCall(args, kwargs))
+            if leaves and h is not None:
+                entering.append((key, h))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(enter(key), with_kwargs=True)
+        for key, module in block.original.named_modules()
+        if key
+    ]
+    handles.append(block.original.get_submodule(name).register_forward_hook(cut))
+    with hooked(*handles), frozen(block.original), torch.enable_grad():
+        output = first_tensor(block.run(block.original_inputs[0], original=True))
+        if len(leaves) != 1:
+            return None
+        if _is_sum(output, leaves[0]):
+            return SumPoint(None)
+        return next((SumPoint(key) for key, h in reversed(entering) if _is_sum(h, leaves[0])), None)
+
+
+def collect_output_shift(
+    block: Block, name: str, point: SumPoint, token_weights: list[Tensor]
+) -> Tensor | None:
+    """Return R = (y_F - y_U) S U^T / sum(s) of a layer whose predecessors are quantized and which is not yet.
+
+    Args:
+        block: the block; its live module holds the full-precision weight of layer `name`.
+        name: path of a linear layer in the block.
+        point: from `find_sum_point`.
+        token_weights: per call of the block, (n_tokens,) float32, 0 for padding.
+
+    Returns:
+        (out_features, in_features) float32, or None if the layer does not see the tokens of the stream.
+    """
+    R: Tensor | None = None
+    total = 0.0
+    for i, s in enumerate(token_weights):
+        u, y_quantized = _observe(block, name, point, block.inputs[i], original=False)
+        if point.entered is None:
+            y_original = block.original_outputs[i].to(block.device)
+        else:
+            _, y_original = _observe(block, name, point, block.original_inputs[i], original=True)
+        if u is None or y_quantized.numel() // y_quantized.shape[-1] != len(u) or len(u) != len(s):
+            return None
+        drift = y_original.flatten(0, -2).float() - y_quantized.flatten(0, -2).float()
+        weighted = u.float() * s.to(u.device)[:, None]
+        if R is None:
+            R = weighted.new_zeros(drift.shape[1], u.shape[1])
+        for d, x in _chunks(drift, weighted):
+            R.addmm_(d.T, x)
+        total += float(s.sum())
+    return None if R is None or total == 0 else R.div_(total)
+
+
+def _observe(
+    block: Block, name: str, point: SumPoint, call: BlockCall, *, original: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Run one path of the block up to the point; returns the layer's inputs (n_tokens, in_features) and the stream."""
+    module = block.original if original else block.module
+    inputs: list[Tensor] = []
+    stream: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple) -> None:
+        inputs.append(args[0].reshape(-1, args[0].shape[-1]))
+
+    def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        h = hidden_states(BlockCall(args, kwargs))
+        if inputs and h is not None:
+            stream.append(h)
+            raise StopForward
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(see)]
+    if point.entered is not None:
+        entered = module.get_submodule(point.entered)
+        handles.append(entered.register_forward_pre_hook(enter, with_kwargs=True))
+    with hooked(*handles), torch.no_grad(), suppress(StopForward):
+        stream.append(first_tensor(block.run(call, original=original)))
+    return (inputs[0] if len(inputs) == 1 else None), stream[0]
+
+
+def _chunks(a: Tensor, b: Tensor, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(a.split(size), b.split(size), strict=True)
+
+
+def _is_sum(h: Tensor, z: Tensor) -> bool:
+    """Whether h = z + something that does not depend on z, tried on one direction."""
+    if not h.requires_grad or h.numel() != z.numel() or h.shape[-1] != z.shape[-1]:
+        return False
+    if torch.equal(h.detach().reshape(z.shape), z.detach()):
+        return False
+    direction = torch.linspace(-1, 1, h.numel(), device=h.device).cos().to(h.dtype).reshape(h.shape)
+    (slope,) = torch.autograd.grad(h, z, direction, allow_unused=True, retain_graph=True)
+    expected = direction.reshape(z.shape).float()
+    return slope is not None and torch.allclose(slope.float(), expected, rtol=1e-3, atol=1e-5)

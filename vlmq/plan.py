@@ -1,0 +1,204 @@
+"""The plan: which layer is quantized to what, checked before any work starts.
+
+Every linear layer inside the blocks of the language model, the text encoder and the vision tower is
+quantized to the scheme; everything else is kept, with the reason. Overrides change that: a pattern is a
+part ("vision", "projector", "language", "text"), or a shell pattern over full layer names; the last pattern
+that matches a layer decides, and None keeps the layer in full precision.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmq.families import Layout, describe
+from vlmq.families.parts import PARTS
+from vlmq.formats import n_groups
+from vlmq.kernels.packing import row_bytes
+from vlmq.scheme import Scheme, parse_scheme
+from vlmq.solvers import default_solver
+from vlmq.solvers.recipe import split_options
+
+FIXED_REASONS = ("router", "multihead attention", "embedding-tied", "subclass of nn.Linear")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `quantize` will do.
+
+    `schemes`: the scheme of every layer that is quantized, by full name. `kept`: why each other linear
+    layer stays. `bits`: stored bits of every quantized layer, `n_weights` its weights.
+    """
+
+    layout: Layout
+    schemes: dict[str, Scheme]
+    kept: dict[str, str]
+    bits: dict[str, int]
+    n_weights: dict[str, int]
+    n_bytes_before: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of all parameters of the model that the plan quantizes; experts count as parameters."""
+        return sum(self.n_weights.values()) / self.layout.n_parameters
+
+    @property
+    def true_bits_per_weight(self) -> float:
+        """All stored bits (codes, padding, scales, zero points) per quantized weight."""
+        return sum(self.bits.values()) / max(1, sum(self.n_weights.values()))
+
+    @property
+    def n_bytes_after(self) -> int:
+        """Expected size of the weights: the packed layers and everything that is kept."""
+        return round(self.n_bytes_before + sum(self.bits.values()) / 8 - self._dense_bytes())
+
+    def _dense_bytes(self) -> float:
+        share = self.n_bytes_before / self.layout.n_parameters
+        return share * sum(self.n_weights.values())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each part and scheme: part, scheme, n_layers, n_weights, true_bits_per_weight."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, scheme in self.schemes.items():
+            groups.setdefault((self.layout.linears[name].part, scheme.name), []).append(name)
+        rows = []
+        for (part, scheme), names in sorted(groups.items()):
+            weights = sum(self.n_weights[name] for name in names)
+            bits = sum(self.bits[name] for name in names) / weights
+            rows.append(
+                {
+                    "part": part,
+                    "scheme": scheme,
+                    "n_layers": len(names),
+                    "n_weights": weights,
+                    "true_bits_per_weight": bits,
+                }
+            )
+        return rows
+
+    def warnings(self) -> list[str]:
+        """What a user must know before the hours are spent, one line each."""
+        lines = []
+        experts = sum(expert.n_parameters for expert in self.layout.experts)
+        if experts:
+            share = experts / self.layout.n_parameters
+            names = ", ".join(expert.name for expert in self.layout.experts[:3])
+            lines.append(
+                f"{share:.1%} of all parameters are experts in 3-D tensors, which are NOT quantized: {names}"
+                + (" ..." if len(self.layout.experts) > 3 else "")
+            )
+        return lines
+
+    def __str__(self) -> str:
+        """The plan as text: parts, what is kept and why, coverage, bits, size."""
+        lines = [
+            f"{row['part']:<10} {row['scheme']:<16} {row['n_layers']:>5} layers {row['n_weights']:>14,} weights "
+            f"{row['true_bits_per_weight']:.3f} true bits"
+            for row in self.rows()
+        ]
+        reasons: dict[str, int] = {}
+        for reason in self.kept.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        lines += [f"kept: {count} layers ({reason})" for reason, count in sorted(reasons.items())]
+        lines += [f"warning: {text}" for text in self.warnings()]
+        lines.append(
+            f"covers {self.coverage:.1%} of all parameters at {self.true_bits_per_weight:.3f} true bits per weight; "
+            f"{self.n_bytes_before / 1e6:.1f} MB -> {self.n_bytes_after / 1e6:.1f} MB"
+        )
+        return "\n".join(lines)
+
+
+def stored_bits(out_features: int, in_features: int, scheme: Scheme) -> int:
+    """Bits that a packed matrix takes: codes with their padding, float16 scales, zero point bytes."""
+    groups = n_groups(in_features, scheme.group_size)
+    per_group = 16 * scheme.format.n_terms + 8 * scheme.format.has_zero
+    return out_features * (8 * row_bytes(in_features, scheme.format.bits) + groups * per_group)
+
+
+def plan(
+    model: PreTrainedModel,
+    scheme: str | Scheme = "int4-g128",
+    *,
+    solver: str | None = None,
+    overrides: Mapping[str, str | Scheme | None] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Check every name, shape and option, and say what `quantize` would do; nothing is changed.
+
+    Args:
+        model: any transformers model; parameters may be on the meta device.
+        scheme: the scheme of all layers that no override names.
+        solver: a recipe such as "gptq+cd"; None takes the default of each format.
+        overrides: part or pattern -> scheme, or None to keep the layer.
+        options: options of the solver.
+
+    Raises:
+        ValueError: an unknown format, group size, solver or option; a pattern that matches no layer; a
+            layer that cannot be quantized; nothing to quantize.
+        TypeError: the model or a scheme has the wrong type.
+    """
+    layout = describe(model)
+    default = _with_solver(parse_scheme(scheme), solver, options)
+    chosen: dict[str, Scheme | None] = {
+        name: default if info.kept is None else None for name, info in layout.linears.items()
+    }
+    kept = {name: info.kept for name, info in layout.linears.items() if info.kept is not None}
+    for pattern, value in (overrides or {}).items():
+        matched = _match(pattern, layout)
+        where = f"override {pattern!r} (matches {len(matched)} layers)"
+        given = None if value is None else _with_solver(parse_scheme(value, where=where), solver, options)
+        for name in matched:
+            _check_possible(name, layout, given, where)
+            chosen[name] = given
+            kept[name] = f"override {pattern!r}"
+    schemes = {name: given for name, given in chosen.items() if given is not None}
+    if not schemes:
+        raise ValueError("nothing is left to quantize: the overrides keep every linear layer")
+    kept = {name: reason for name, reason in kept.items() if name not in schemes}
+    bits, n_weights = {}, {}
+    for name, given in schemes.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        bits[name] = stored_bits(layer.out_features, layer.in_features, given)
+        n_weights[name] = layer.weight.numel()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Plan(layout, schemes, kept, bits, n_weights, size)
+
+
+def _with_solver(scheme: Scheme, solver: str | None, options: Mapping[str, Any] | None) -> Scheme:
+    """Fill in the recipe and check that it takes the options."""
+    recipe = scheme.solver or solver or default_solver(scheme.format)
+    merged = {**scheme.options, **(options or {})}
+    split_options(recipe, merged)
+    return replace(scheme, solver=recipe, options=merged)
+
+
+def _match(pattern: str, layout: Layout) -> list[str]:
+    """Layers of a part, or layers whose full name fits the pattern.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+    if pattern in PARTS:
+        matched = [n for n, info in layout.linears.items() if info.part == pattern and info.block is not None]
+    else:
+        matched = [name for name in layout.linears if fnmatchcase(name, pattern)]
+    if not matched:
+        some = ", ".join(list(layout.linears)[:: max(1, len(layout.linears) // 4)][:4])
+        raise ValueError(
+            f"override {pattern!r} matches no linear layer; use a part ({' '.join(PARTS)}) or a pattern over full "
+            f"names such as {some}"
+        )
+    return matched
+
+
+def _check_possible(name: str, layout: Layout, scheme: Scheme | None, where: str) -> None:
+    info = layout.linears[name]
+    if scheme is None:
+        return
+    if info.block is None or (info.kept or "").startswith(FIXED_REASONS):
+        reason = info.kept or "outside the blocks"
+        raise ValueError(f"{where}: layer {name!r} cannot be quantized ({reason}); give it None")
