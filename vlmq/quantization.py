@@ -7,7 +7,8 @@ path U:
 2. layers are taken in the order of their calls (q/k/v, then o, then gate/up, then down), each seeing the
 inputs
    that the layers quantized before it produce;
-3. H = U S U^T and D = (F - U) S U^T are gathered, the target is T = W + alpha W D H^-1;
+3. H = U S U^T and D = (F - U) S U^T are gathered, the target is T = W + alpha W D H^-1; for a layer whose output is
+   added to the residual stream, the drift of the stream itself takes the place of W D (`vlmq.calib.drift`);
 4. the solver finds the codes, and the layer is replaced.
 
 Layers that share inputs and token weights share H and are solved as one matrix, row under row.
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 
 from vlmq.calib.batches import as_batches
 from vlmq.calib.block import Block
+from vlmq.calib.drift import collect_output_shift, find_sum_point
 from vlmq.calib.saliency import SALIENCIES, prepare
 from vlmq.calib.statistics import Statistics, collect_statistics
 from vlmq.calib.tokens import CalibBatch
@@ -36,7 +38,7 @@ from vlmq.formats import QuantizedWeight
 from vlmq.hf import attach
 from vlmq.linalg import DAMP, damp_and_factor, proxy_loss, shift_target
 from vlmq.linear import QuantLinear
-from vlmq.plan import Plan, plan
+from vlmq.planning import Plan, plan
 from vlmq.progress import Progress, SilentProgress
 from vlmq.report import LayerReport
 from vlmq.scheme import Scheme
@@ -178,11 +180,23 @@ def _quantize_block(run: _Run, block: Block, weights: dict[str, list[Tensor]]) -
         names = [name for name in called if prefix + name in run.plan.schemes]
         if not names:
             continue
+        shift = _residual_shift(run, block, names[0], weights[names[0]]) if len(called) == 1 else None
         statistics = collect_statistics(
-            block, names, {name: weights[name] for name in names}, with_shift=run.alpha > 0
+            block,
+            names,
+            {name: weights[name] for name in names},
+            with_shift=run.alpha > 0 and shift is None,
         )
         for members in _same_problem(run, prefix, names, statistics):
-            _solve_together(run, prefix, members, statistics[members[0]])
+            _solve_together(run, prefix, members, statistics[members[0]], shift)
+
+
+def _residual_shift(run: _Run, block: Block, name: str, weights: list[Tensor]) -> Tensor | None:
+    """The shift of a layer that writes to the residual stream; None for others."""
+    if run.alpha == 0:
+        return None
+    point = find_sum_point(block, name)
+    return None if point is None else collect_output_shift(block, name, point, weights)
 
 
 def _same_problem(
@@ -196,7 +210,9 @@ def _same_problem(
     return list(groups.values())
 
 
-def _solve_together(run: _Run, prefix: str, names: list[str], statistics: Statistics) -> None:
+def _solve_together(
+    run: _Run, prefix: str, names: list[str], statistics: Statistics, shift: Tensor | None
+) -> None:
     """Solve layers of one input as one matrix, row under row, and replace them."""
     started = time.perf_counter()
     layers = [run.model.get_submodule(prefix + name) for name in names]
@@ -204,7 +220,8 @@ def _solve_together(run: _Run, prefix: str, names: list[str], statistics: Statis
     weight = torch.cat([layer.weight.float() for layer in layers])
     try:
         damped = damp_and_factor(statistics.H, float(scheme.options.get("damp", DAMP)))
-        shift = weight @ statistics.D if statistics.D is not None else None
+        if shift is None and statistics.D is not None:
+            shift = weight @ statistics.D
         target = weight if shift is None else shift_target(weight, shift, damped.hessian, run.alpha)
         quantized = run_recipe(
             str(scheme.solver),
