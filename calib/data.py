@@ -7,18 +7,16 @@ is dropped and counted: an image is never cut. In memory at the end: the encoded
 pixels of float32 per image.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from jinja2.exceptions import TemplateError
-from torch import Tensor, uint8
 
 from vlmq.calib.batches import collate_text, is_ready, processor_image_token_ids, ready_batch
+from vlmq.calib.calibration_set import CalibrationSet
 from vlmq.calib.encode import (
     batch_kinds,
     caption_of,
@@ -31,83 +29,11 @@ from vlmq.calib.images import open_image
 from vlmq.calib.messages import Row, read_row
 from vlmq.calib.prompts import is_dual_encoder
 from vlmq.calib.sources import read_source
-from vlmq.calib.tokens import ANSWER, IMAGE, PADDING, CalibBatch
+from vlmq.calib.tokens import CalibBatch
 
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 10
-
-
-@dataclass(frozen=True)
-class CalibrationSet(Sequence[CalibBatch]):
-    """A sequence of calibration batches.
-
-    Attributes:
-        batches: the batches.
-        source: what they were made from, for people.
-        n_dropped: rows left out because their images did not fit into max_tokens.
-    """
-
-    batches: tuple[CalibBatch, ...]
-    source: str = "batches"
-    n_dropped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @overload
-    def __getitem__(self, index: int) -> CalibBatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> "CalibrationSet": ...
-    def __getitem__(self, index: int | slice) -> "CalibBatch | CalibrationSet":
-        if isinstance(index, slice):
-            return CalibrationSet(self.batches[index], self.source, self.n_dropped)
-        return self.batches[index]
-
-    def _n(self, *kinds: int) -> int:
-        return sum(int((batch.kinds == kind).sum()) for batch in self.batches for kind in kinds)
-
-    @property
-    def n_rows(self) -> int:
-        """How many rows the batches hold."""
-        return sum(len(batch.kinds) for batch in self.batches)
-
-    @property
-    def n_tokens(self) -> int:
-        """How many tokens are no padding."""
-        return sum(int((batch.kinds != PADDING).sum()) for batch in self.batches)
-
-    @property
-    def n_image_tokens(self) -> int:
-        """How many tokens stand for visual features."""
-        return self._n(IMAGE)
-
-    @property
-    def n_answer_tokens(self) -> int:
-        """How many tokens the assistant says."""
-        return self._n(ANSWER)
-
-    @cached_property
-    def hash(self) -> str:
-        """Sha256 over all inputs and kinds, in order; the same on every machine for the same tensors."""
-        digest = hashlib.sha256()
-        for batch in self.batches:
-            for name, value in sorted(batch.inputs.items()):
-                digest.update(name.encode())
-                _digest(value, digest.update)
-            _digest(batch.kinds, digest.update)
-        return digest.hexdigest()
-
-    @property
-    def description(self) -> str:
-        """One line for logs and model cards."""
-        text = (
-            f"{self.source}: {self.n_rows} rows, {self.n_tokens} tokens "
-            f"({self.n_image_tokens} of images, {self.n_answer_tokens} of answers)"
-        )
-        return text + (
-            f", {self.n_dropped} rows dropped (images beyond max_tokens)" if self.n_dropped else ""
-        )
 
 
 def load(
@@ -278,19 +204,16 @@ def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def _raise_problems(problems: Sequence[tuple[int, str]], n_rows: int, name: str) -> None:
     if not problems:
         return
-    lines = [f"row {index}: {text}" for index, text in problems[:MAX_LISTED]]
+    by_text: dict[str, list[int]] = {}
+    for index, text in problems[:MAX_LISTED]:
+        by_text.setdefault(text, []).append(index)
+    lines = [
+        f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}: {text}"
+        for text, rows in by_text.items()
+    ]
     if len(problems) > MAX_LISTED:
         lines.append(f"and {len(problems) - MAX_LISTED} more")
     raise ValueError(
         f"{len(problems)} of {n_rows} rows of calibration source {name} cannot be used; mend or remove "
         "them:\n  " + "\n  ".join(lines)
     )
-
-
-def _digest(value: Any, update: Any) -> None:
-    if isinstance(value, Tensor):
-        tensor = value.detach().cpu().contiguous()
-        update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        update(tensor.reshape(-1).view(uint8).numpy().tobytes() if tensor.numel() else b"")
-    else:
-        update(repr(value).encode())

@@ -117,7 +117,12 @@ def _split(array: np.ndarray | Tensor) -> Any:
 
 
 def _sample_dataset(dataset: Any, n_samples: int, seed: int) -> list[tuple[int, Any]]:
-    """Rows of a `datasets` set with images left undecoded, so that a corrupt one is found by its index."""
+    """Rows of a `datasets` set with images left undecoded, so that a corrupt one is found by its index.
+
+    A transform that was set on the set is kept; it decodes images itself.
+    """
+    if hasattr(dataset, "__len__") and dataset.format["type"] == "custom":
+        return _sample(dataset, n_samples, seed)
     if hasattr(dataset, "__len__"):
         raw = dataset.with_format("arrow")
         return [(i, raw[i].to_pylist()[0]) for i in _indices(len(dataset), n_samples, seed)]

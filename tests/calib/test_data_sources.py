@@ -184,6 +184,12 @@ def test_dataset_with_a_corrupt_image_names_its_index():
         load(dataset.to_iterable_dataset(), LLAVA)
 
 
+def test_dataset_keeps_the_transform_that_was_set_on_it():
+    dataset = datasets.Dataset.from_dict({"seed": [0, 1]})
+    dataset.set_transform(lambda rows: {"image": [picture(seed) for seed in rows["seed"]]})
+    assert load(dataset, LLAVA).hash == load([picture(0), picture(1)], LLAVA).hash
+
+
 def test_dataset_dict_asks_for_a_split():
     with pytest.raises(ValueError, match="one of its splits: 'train', 'test'"):
         load(
@@ -280,6 +286,12 @@ def test_at_most_ten_bad_rows_are_listed():
         load([picture(), *[f"missing{i}.png" for i in range(13)]], LLAVA)
     assert str(error.value).count("does not exist") == 10
     assert str(error.value).endswith("and 3 more")
+
+
+def test_rows_with_the_same_trouble_share_a_line():
+    rows = [{"id": 1, "pixels": 2}] * 3
+    with pytest.raises(ValueError, match="rows 0, 1, 2: no known column among id, pixels; understood: image"):
+        load(rows, LLAVA)
 
 
 def test_what_the_processor_refuses_is_reported_by_row():
