@@ -5,18 +5,24 @@ OUT ?= out/demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check types format clean
 
 demo: $(STAMP)  ## the main job on real input, offline once installed: writes $(OUT)/demo.png and the table
 	$(BIN)/vlmq demo --out $(OUT)
 
 test: check  ## all tests and lint
 
-check: $(STAMP)
+check: $(STAMP) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright -p build/types
 	$(BIN)/python -m pytest
+
+# Type checkers know no package-dir: a tree of links shows them the package as it is installed.
+types:
+	@rm -rf build/types && mkdir -p build/types/vlmq
+	@for path in vlmq/* calib kernels eval; do ln -sfn ../../../$$path build/types/vlmq/$${path##*/}; done
+	@ln -sfn ../../pyproject.toml build/types/pyproject.toml
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

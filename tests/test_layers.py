@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. Rooms of one string are one layer; "|" keeps them apart, "," lets them see each other.
 LAYERS = (
-    "registry",
+    "registry , report",
     "formats",
     "scheme",
     "kernels , families , linalg",
     "linear | calib | solvers",
-    "quantization , plan , checkpoint , hf , progress",
+    "quantization , planning , checkpoint , staging , integrity , hf , progress",
     "eval",
     "cli",
 )

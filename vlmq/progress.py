@@ -5,10 +5,9 @@
 changes nothing. The library itself never prints; the command line brings an object that draws a bar.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from vlmq.linear import LayerReport
+from vlmq.report import LayerReport
 
 
 class Progress(Protocol):
@@ -18,7 +17,7 @@ class Progress(Protocol):
         """Work begins: so many blocks, with so many layers to quantize in all."""
         ...
 
-    def layer(self, report: "LayerReport", block_name: str) -> None:
+    def layer(self, report: LayerReport, block_name: str) -> None:
         """One layer of the block of that name is done."""
         ...
 
@@ -33,7 +32,7 @@ class SilentProgress:
     def start(self, n_blocks: int, n_layers: int) -> None:
         """Ignore it."""
 
-    def layer(self, report: "LayerReport", block_name: str) -> None:
+    def layer(self, report: LayerReport, block_name: str) -> None:
         """Ignore it."""
 
     def finish(self) -> None:
