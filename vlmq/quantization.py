@@ -95,16 +95,17 @@ def quantize(
     context = prepare(saliency, model, recipe.layout, batches, seed=seed)
     run = _Run(model, recipe, alpha, seed, progress or SilentProgress())
     run.progress.start(len(run.blocks()), len(recipe.schemes))
+    is_done = False
     try:
         with torch.no_grad():
             for block in _walk(run, batches, device):
                 weights = SALIENCIES[saliency](block, context)
                 _quantize_block(run, block, weights)
         run.pack()
-    except BaseException:
-        run.restore()
-        raise
+        is_done = True
     finally:
+        if not is_done:
+            run.restore()
         run.progress.finish()
     attach(
         model,

@@ -80,35 +80,38 @@ def _round_to_line(weight: Tensor, grid: Grid, format: Format) -> tuple[Tensor, 
 def fit_grid(weight: Tensor, importance: Tensor, format: Format, n_steps: int = 8) -> Grid:
     """Fit the grid of least weighted squared error.
 
-    Symmetric ternary is exact (`fit_ternary`). All others alternate two steps from several shrunken ranges,
-    each of which cannot raise the error before storage rounding: nearest codes for the grid, then the
-    closed-form weighted least squares grid for the codes (1-D k-means on an affine or planar set of
-    centroids).
+    Symmetric ternary is exact (`fit_ternary`). All others alternate two steps, neither of which raises the error before
+    storage rounding: nearest codes for the grid, then the closed-form weighted least squares grid for the codes (1-D
+    k-means on an affine or planar set of centroids). Of several shrunken ranges the one that is best after one
+    alternation is the start.
 
     Args:
         weight: (rows, columns) float32.
         importance: (columns,) or (rows, columns) float32, >= 0.
         format: the weight format.
-        n_steps: alternations from each start.
+        n_steps: alternations.
     """
     importance = importance.expand_as(weight)
     if format.name == "ternary":
         return fit_ternary(weight, importance)
-    best, best_error = None, None
-    for start in starts(weight, format):
-        grid = start
-        for _ in range(n_steps):
+
+    def improve(grid: Grid, n: int) -> Grid:
+        for _ in range(n):
             codes, _ = round_to_grid(weight, grid, format)
             grid = refit(weight, importance, codes, grid, format)
+        return grid
+
+    def error(grid: Grid) -> Tensor:
         _, values = round_to_grid(weight, grid, format)
-        error = (importance * (weight - values) ** 2).sum(1)
-        if best is None or best_error is None:
-            best, best_error = grid, error
-        else:
-            better = error < best_error
-            best, best_error = grid.where(better, best), torch.where(better, error, best_error)
-    assert best is not None
-    return best
+        return (importance * (weight - values) ** 2).sum(1)
+
+    first, *others = (improve(start, 1) for start in starts(weight, format))
+    best, best_error = first, error(first)
+    for other in others:
+        other_error = error(other)
+        better = other_error < best_error
+        best, best_error = other.where(better, best), torch.where(better, other_error, best_error)
+    return improve(best, n_steps - 1)
 
 
 def fit_ternary(weight: Tensor, importance: Tensor) -> Grid:
