@@ -1,0 +1,298 @@
+"""The plug-in that makes `from_pretrained` and `save_pretrained` know packed models.
+
+transformers looks a checkpoint's `quant_method` up in two tables of classes; importing this module (`import
+vlmq` does) enters `VlmqConfig` and `VlmqQuantizer` there. Without it, transformers warns once and fills the
+quantized layers with random weights: there is no other way for a package to be found.
+
+A model is loaded packed: while it is still on the meta device, each `nn.Linear` that the config names
+becomes an empty `QuantLinear`, so no full-precision copy ever exists. What transformers only logs (missing
+tensors, wrong integer dtypes, tensors it does not know) raises here, see `vlmq.integrity`.
+
+Layers are named as the modules are called in memory, `model.named_modules()`; `save_pretrained` may store
+tensors under other names (LLaVA's `model.language_model.layers` is `language_model.model.layers` on disk)
+and undoes that on load. This is the only file that touches transformers' quantizer classes.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vlmq.integrity import (
+    check_layer_tensor,
+    check_listed,
+    check_missing,
+    check_sums,
+    checksums,
+    listing,
+    packed_tensors,
+    read_headers,
+)
+from vlmq.linear import QuantLinear
+from vlmq.scheme import Scheme, parse_scheme
+
+QUANT_METHOD = "vlmq"
+FORMAT_VERSION = 1
+KNOWN_VERSIONS = (1,)
+
+
+class VlmqConfig(QuantizationConfigMixin):
+    """The block `quantization_config` of config.json.
+
+    `modules` maps a scheme's name to the names of the layers quantized with it, exactly as
+    `model.named_modules()` gives them in memory (not as tensors are named on disk). `metadata` is what is
+    worth knowing later: hash of the calibration set, seed, solver, saliency. What was measured per layer is
+    in `vlmq_report.json`, see `vlmq.save`.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, list[str]],
+        metadata: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        vlmq_version: str | None = None,
+        checksums: Mapping[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        """Check the block.
+
+        Raises:
+            ValueError: an unknown format version, scheme or key, or a layer that is listed twice.
+        """
+        if format_version not in KNOWN_VERSIONS or isinstance(format_version, bool):
+            known = ", ".join(map(str, KNOWN_VERSIONS))
+            raise ValueError(
+                f"checkpoint has vlmq format_version {format_version!r}, this vlmq ({version('vlmq')}) reads "
+                f"{known}; upgrade vlmq (the checkpoint was written by vlmq {vlmq_version})"
+            )
+        if unknown:
+            raise ValueError(
+                f"quantization_config has keys that format version 1 lacks: {', '.join(unknown)}"
+            )
+        listed = modules.values() if isinstance(modules, Mapping) else ()
+        if not listed or not all(isinstance(names, list) for names in listed):
+            raise ValueError("quantization_config.modules must map scheme names to lists of layer names")
+        self.quant_method: Any = quant_method
+        self.format_version = format_version
+        self.vlmq_version = vlmq_version or version("vlmq")
+        self.modules = {scheme: list(names) for scheme, names in modules.items()}
+        self.metadata = dict(metadata or {})
+        self.checksums = checksums
+        self.schemes()
+
+    def schemes(self) -> dict[str, Scheme]:
+        """Return {layer name: its scheme}."""
+        schemes: dict[str, Scheme] = {}
+        for text, names in self.modules.items():
+            scheme = parse_scheme(text, where="quantization_config.modules")
+            for name in names:
+                if not isinstance(name, str) or name in schemes:
+                    raise ValueError(
+                        f"quantization_config.modules: layer {name!r} is listed twice or is no name"
+                    )
+                schemes[name] = scheme
+        return schemes
+
+
+class VlmqQuantizer(HfQuantizer):
+    """What transformers asks while it loads or saves a packed model."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: VlmqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: VlmqConfig = quantization_config
+        self._dtype: str | None = None
+
+    def is_serializable(self) -> bool:
+        """A packed model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed layers hold no trainable parameter."""
+        return False
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Claim the tensors of packed layers, so that a wrong shape reaches our check, which names it."""
+        return param_name.rpartition(".")[0] in self.quantization_config.schemes()
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        schemes = self.quantization_config.schemes()
+        linears = {name: _submodule(model, name) for name in schemes}
+        wrong = sorted(name for name, module in linears.items() if not isinstance(module, nn.Linear))
+        if wrong:
+            saved = ", ".join(model.config.architectures or ["unknown"])
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer {listing(wrong)}, which config.json lists as "
+                f"quantized; load with the class that was saved ({saved}), or with vlmq.load"
+            )
+        if checkpoint_files:
+            read_headers(checkpoint_files, [s.format.has_zero for s in schemes.values()])
+        for name, scheme in schemes.items():
+            linear = linears[name]
+            layer = QuantLinear(
+                linear.in_features,
+                linear.out_features,
+                scheme.format,
+                scheme.group_size,
+                has_bias=linear.bias is not None,
+                dtype=linear.weight.dtype,
+                device=torch.device("meta"),
+            )
+            model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        schemes = config.schemes()
+        check_missing(model, schemes)
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in schemes}
+        for layer in layers.values():
+            # Families that keep some parts in float32 (T5) cast the scales too; the way back is exact.
+            if layer.scales.dtype == torch.float32 and not layer.scales.is_meta:
+                layer.scales = nn.Parameter(layer.scales.half(), requires_grad=False)
+            for tensor in (layer.qweight, layer.scales, layer.zeros):
+                if tensor is not None:
+                    tensor.requires_grad_(False)
+        for name, layer in layers.items():
+            for leaf, tensor in packed_tensors(model, name):
+                check_layer_tensor(f"{name}.{leaf}", leaf, tensor, layer)
+        check_sums(model, config.modules, config.checksums, self._dtype)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Bring the checksums in the config up to date, and fix the order of the tensors.
+
+        transformers calls this before it writes the config. It sorts the tensors of a loaded model but not of
+        a fresh one; sorted both times, the same model gives the same bytes.
+        """
+        config = self.quantization_config
+        check_listed(model, config.schemes())
+        config.checksums = checksums(model, config.modules)
+        model.config.quantization_config = config
+        tensors = sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0]))
+        return dict(tensors), {}
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype that the model is loaded in."""
+        self._dtype = str(dtype)
+        return dtype
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name in self.quantization_config.schemes():
+            layer: Any = model.get_submodule(name)
+            weight = layer.dequantize(dtype or model.dtype)
+            linear = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None, device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight), layer.bias
+            model.set_submodule(name, linear)
+        return model
+
+
+def attach(
+    model: PreTrainedModel, modules: Mapping[str, str], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Tell transformers that the model is packed, so that it saves, pushes and reloads as any other.
+
+    Called once the layers are `QuantLinear`; called again after further layers were quantized, it adds
+    them. The model gets a config of its own: the one it was built from may build other models, which are
+    not quantized.
+
+    Args:
+        model: holds exactly the packed layers that `modules` (and an earlier call) lists.
+        modules: {layer name as in `model.named_modules()`: scheme name}.
+        metadata: JSON values to keep in config.json: hash of the calibration set, seed, solver, saliency.
+
+    Raises:
+        ValueError: the lists of layers differ, the model is quantized by another method, or a layer cannot be
+            packed: it holds the model's first parameter, or a weight that stays tied.
+        TypeError: metadata that JSON cannot hold.
+    """
+    earlier = getattr(model, "hf_quantizer", None)
+    if earlier is not None and not isinstance(earlier, VlmqQuantizer):
+        raise ValueError(
+            f"the model is already quantized by {type(earlier).__name__}; start from full precision"
+        )
+    merged = {n: s.name for n, s in earlier.quantization_config.schemes().items()} if earlier else {}
+    merged |= modules
+    by_scheme: dict[str, list[str]] = {}
+    for name, scheme in merged.items():
+        by_scheme.setdefault(parse_scheme(scheme, where=f"layer {name!r}").name, []).append(name)
+    config = VlmqConfig(by_scheme, json.loads(json.dumps(dict(metadata or {}))))
+    check_listed(model, config.schemes())
+    _check_first_parameter(model)
+    _own_config(model)
+    _untie(model, set(merged))
+    known: Any = model
+    known.config.quantization_config = config
+    known.config._is_quantized = True
+    known.hf_quantizer = VlmqQuantizer(config, pre_quantized=True)
+    known.is_quantized = True
+    known.quantization_method = QUANT_METHOD
+
+
+def _submodule(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _check_first_parameter(model: PreTrainedModel) -> None:
+    """Refuse a packed layer in first place: transformers takes the first parameter's dtype as the model's."""
+    owners = {id(m.scales): name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    others = {p.dtype for p in floats if id(p) not in owners}
+    if id(floats[0]) in owners and others - {torch.float16}:
+        raise ValueError(
+            f"layer {owners[id(floats[0])]!r} holds the model's first parameter, whose dtype transformers "
+            "takes for the model's (it would find the scales' float16): keep this layer in full precision"
+        )
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a copy of its config, shared by its submodules in the same way as the original was."""
+    memo: dict[int, Any] = {}
+    copy.deepcopy(model.config, memo)
+    for module in model.modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in memo:
+                setattr(module, attribute, memo[id(value)])
+
+
+def _untie(model: PreTrainedModel, packed: set[str]) -> None:
+    """Take packed layers out of the tying of weights; the full-precision partner is then stored by itself."""
+    tied = dict(model.all_tied_weights_keys)
+    parted = {target for target in tied if target.rpartition(".")[0] in packed}
+    if not parted:
+        return
+    if len(parted) < len(tied):
+        kept = listing(sorted(tied.keys() - parted))
+        raise ValueError(
+            f"layers {listing(sorted(parted))} cannot be packed while {kept} stay tied to the same weight: "
+            "transformers has one switch for all of them; keep these layers in full precision"
+        )
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def register() -> None:
+    """Enter the two classes in transformers' tables; doing it again (a module reload) is harmless."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = VlmqConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = VlmqQuantizer
+
+
+register()
