@@ -1,0 +1,247 @@
+"""Save, load and push packed models.
+
+A checkpoint is a transformers folder: config.json (with the block `quantization_config`, see
+`vlmq.hf.VlmqConfig`), safetensors files (see `vlmq.integrity`), the
+generation config and the processor's files; beside them `vlmq_report.json`, what quantizing each layer
+gave. `model.save_pretrained`, `push_to_hub` and `from_pretrained` work as well; what the functions here
+add:
+
+- `save` writes whole folders or nothing (see `vlmq.staging`), with the processor and the reports.
+- `load` finds the class, and gives each layer its report back.
+- `push` uploads such a folder as one commit.
+
+Format version 1, the only one so far, is: packed layout v1 (`vlmq.kernels.packing`), tensors `qweight`,
+`scales`, `zeros` per layer, the config block, the checksums. A change of any of them raises the version,
+and a reader refuses versions that it does not know.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import HfApi
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from vlmq.hf import QUANT_METHOD, VlmqQuantizer
+from vlmq.integrity import read_header
+from vlmq.linear import QuantLinear
+from vlmq.report import LayerReport
+from vlmq.staging import check_space, staged
+
+REPORT_FILE = "vlmq_report.json"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    processor: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a packed model, its generation config, reports and processor into a folder, whole or not at all.
+
+    A checkpoint that is already there is replaced; of its files, those that are neither weights nor written
+    anew (a processor, a README) are kept. Needs room for the new folder beside the old one.
+
+    Args:
+        model: quantized by vlmq.
+        path: the folder.
+        processor: a processor, tokenizer or image processor to save along; anything with `save_pretrained`.
+        max_shard_size: largest size of one safetensors file, in bytes or as "5GB".
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is not quantized by vlmq, or the folder holds something that is no checkpoint.
+        TypeError: the processor cannot be saved.
+        OSError: no room, or another failure to write; the folder is then as it was before.
+    """
+    if not isinstance(getattr(model, "hf_quantizer", None), VlmqQuantizer):
+        raise ValueError("the model holds no layer quantized by vlmq: call vlmq.quantize first")
+    if processor is not None and not hasattr(processor, "save_pretrained"):
+        raise TypeError(f"expected a processor with save_pretrained, got {type(processor).__name__}")
+    target = Path(path).resolve()
+    _check_target(target)
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
+    check_space(target, sum(t.numel() * t.element_size() for t in tensors))
+    with staged(target, _is_replaced) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        _save_report(model, folder)
+        _check_files(folder)
+    return target
+
+
+def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a packed model from a folder or a repository of the hub, with the class that was saved.
+
+    The layers stay packed; float16 scales stay float16 whatever `dtype=` is.
+
+    Args:
+        path_or_id: folder or repository.
+        **kwargs: go to `from_pretrained`: dtype, device_map, revision, token, ...
+
+    Returns:
+        The model in eval mode, with `report` on its packed layers where the checkpoint has one.
+
+    Raises:
+        ValueError: no vlmq checkpoint, an unknown format version, or a truncated, damaged or incomplete one.
+    """
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
+    config = AutoConfig.from_pretrained(path_or_id, **hub, **trust)
+    block = getattr(config, "quantization_config", None) or {}
+    if block.get("quant_method") != QUANT_METHOD:
+        found = block.get("quant_method", "none")
+        raise ValueError(
+            f"{path_or_id} is no vlmq checkpoint (quant_method: {found}); use transformers' Auto classes"
+        )
+    model = _model_class(config).from_pretrained(path_or_id, **{**kwargs, "use_safetensors": True})
+    for name, report in load_report(path_or_id, **hub).items():
+        layer = dict(model.named_modules()).get(name)
+        if isinstance(layer, QuantLinear):
+            layer.report = report
+    return model
+
+
+def load_report(path_or_id: str | os.PathLike[str], **hub: Any) -> dict[str, LayerReport]:
+    """Return what quantizing gave, {layer name: its report}; empty if the checkpoint has no reports.
+
+    Raises:
+        ValueError: the file of reports is damaged.
+    """
+    file = cached_file(str(path_or_id), REPORT_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    if file is None:
+        return {}
+    try:
+        layers = json.loads(Path(file).read_text(encoding="utf-8"))["layers"]
+        reports = [LayerReport(**{**line, "notes": tuple(line["notes"])}) for line in layers]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, the model loads without it") from error
+    return {report.name: report for report in reports}
+
+
+def push(
+    model: PreTrainedModel,
+    repo_id: str,
+    processor: Any = None,
+    private: bool = False,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a model quantized with vlmq",
+    create_pr: bool = False,
+) -> str:
+    """Save a packed model to a temporary folder and upload it as one commit.
+
+    A short README is added if the repository has none.
+
+    Args:
+        model: quantized by vlmq.
+        repo_id: "<owner>/<name>"; made if it does not exist.
+        processor: saved along, as in `save`.
+        private: make a new repository private.
+        token: access token, by default the one that was stored by `hf auth login`.
+        revision: branch to commit to.
+        commit_message: title of the commit.
+        create_pr: open a pull request instead of committing.
+
+    Returns:
+        The URL of the commit.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save(model, Path(scratch) / "model", processor)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not api.file_exists(repo_id, "README.md", revision=revision):
+            (folder / "README.md").write_text(_readme(model, repo_id), encoding="utf-8")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return commit.commit_url
+
+
+def _check_target(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"cannot save to {target}: expected a folder, it is a file; choose another path")
+    config = target / "config.json"
+    if any(target.iterdir()) and not (config.is_file() and b'"model_type"' in config.read_bytes()):
+        raise ValueError(
+            f"cannot save to {target}: it holds files but no model (no config.json with a model_type); "
+            "choose an empty or new folder"
+        )
+
+
+def _is_replaced(name: str) -> bool:
+    return ".safetensors" in name or name.startswith("pytorch_model") or name == REPORT_FILE
+
+
+def _save_report(model: PreTrainedModel, folder: Path) -> None:
+    layers = [m.report for m in model.modules() if isinstance(m, QuantLinear) and m.report is not None]
+    if layers:
+        text = json.dumps({"layers": [asdict(report) for report in layers]}, indent=1)
+        (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+
+
+def _check_files(folder: Path) -> None:
+    """Read back the headers of what was written."""
+    where: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        where.update(dict.fromkeys(read_header(path), path.name))
+    index = folder / INDEX_FILE
+    if index.exists() and json.loads(index.read_text(encoding="utf-8"))["weight_map"] != where:
+        raise RuntimeError(f"{index} and the files beside it name different tensors; save again")
+    if not where:
+        raise RuntimeError(f"no tensors were written to {folder}; save again")
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that was saved; if it is not part of transformers, the Auto class that loads its code."""
+    names = config.architectures or []
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto, reference in (getattr(config, "auto_map", None) or {}).items():
+        if any(str(reference).endswith(f".{name}") for name in names):
+            return getattr(transformers, auto)
+    raise ValueError(f"config.json names the model class {names}, which this transformers does not have")
+
+
+def _readme(model: PreTrainedModel, repo_id: str) -> str:
+    modules = model.config.quantization_config.modules
+    layers = "\n".join(f"- {scheme}: {len(names)} layers" for scheme, names in modules.items())
+    base = getattr(model.config, "_name_or_path", "")
+    origin = f"`{base}`, " if base and not Path(base).exists() else f"a {type(model).__name__}, "
+    return f"""---
+library_name: transformers
+tags: [vlmq, quantized]
+---
+# {repo_id.split("/")[-1]}
+
+{origin}quantized with vlmq; the other layers are in full precision:
+
+{layers}
+
+No quality was measured for this card.
+
+```python
+import vlmq  # needed: without it transformers loads random weights
+
+model = vlmq.load("{repo_id}")
+```
+"""
