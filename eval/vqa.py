@@ -52,11 +52,10 @@ class VqaResult:
 
 
 def load_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read questions from a .jsonl or .json file with image, question and answer; images relative to the file.
+    """Read questions from a .jsonl or .json file with image, question, answer; image paths relative to it.
 
     Raises:
-        ValueError: a row has no question or no answer, or its image cannot be read; the message names the
-        row.
+        ValueError: a row lacks a column, or its image cannot be read; the message names the row.
     """
     source = read_source(path, n_samples=2**31, seed=0)
     rows = []
