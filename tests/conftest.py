@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+# torch.device as a context looks functions up in this table; it must hold the true torch.empty, not a poisoned one.
+_device_constructors()
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
