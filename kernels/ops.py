@@ -118,7 +118,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.vlmq.quant_linear_grad(grad, *ctx.saved_tensors, *ctx.sizes)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None
 
 

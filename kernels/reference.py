@@ -9,10 +9,10 @@ to the dtype of x; products are summed in float32, and y has the dtype of x, und
 W never exists as a whole: rows are taken `CHUNK_WEIGHTS` weights at a time. At the peak, beside the arguments
 and the result, there are at most
 
-    max(CHUNK_WEIGHTS, in_features) * MAX_BYTES_PER_WEIGHT
+    max(CHUNK_WEIGHTS, in_features) (10 + 12 (n_terms - 1)) bytes
 
-bytes (codes, W in float32, and W in the dtype of x or, for two planes, the indices and one plane in float32),
-and for float16 on a CPU a float32 copy of x.
+(codes, W in float32, and the chunk before it; a format of two planes adds indices and a plane in float32), and for
+float16 on a CPU a float32 copy of x.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,6 @@ from vlmq.formats import Format, get_format
 from vlmq.kernels.packing import unpack
 
 CHUNK_WEIGHTS = 2**20
-MAX_BYTES_PER_WEIGHT = 16
 
 
 def quant_linear(
@@ -53,7 +52,7 @@ def quant_linear(
     Returns:
         (..., out_features) in the dtype of x.
     """
-    out = x.new_empty(*x.shape[:-1], qweight.shape[0])
+    out = torch.empty(*x.shape[:-1], qweight.shape[0], dtype=x.dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         wide = _matmul_operand(x)
         for rows, weight in _row_chunks(
