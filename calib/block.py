@@ -1,0 +1,96 @@
+"""One block on its way through calibration: its module, a full-precision copy, the inputs of both paths."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmq.calib.trees import load
+from vlmq.families import BlockSpec
+
+
+@dataclass
+class BlockCall:
+    """The arguments of one call of a block; its tensors lie in CPU memory."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Block:
+    """A block with what went into it.
+
+    The lists hold one entry per batch that reaches the block, or one per call where a forward runs it several
+    times (shared layers, a tower that sees images and then videos).
+
+    Attributes:
+        spec: path in the model and part.
+        module: the live block in the model; the consumer replaces its linear layers in place.
+        original: a full-precision copy of it.
+        inputs: calls of the quantized path, all blocks before this one being quantized.
+        original_inputs: calls of the full-precision path; entry i is the same object as `inputs[i]` as long
+            as both paths are equal.
+        original_outputs: hidden states (rows, n_tokens, features) that the full-precision block makes of
+            them.
+        batches: kinds of the tokens of the hidden states, (rows, n_tokens) int8 per call.
+        batch_indices: the number of the batch that each call belongs to.
+        device: where the block runs.
+        layer_groups: filled by `calls_in_order`: layers that share an input, in the order of calls.
+        layer_calls: filled by `calls_in_order`: how often one forward calls each layer.
+        original_layer_inputs: filled by `collect_statistics`: inputs of layers on the full-precision path.
+    """
+
+    spec: BlockSpec
+    module: nn.Module
+    original: nn.Module
+    inputs: list[BlockCall]
+    original_inputs: list[BlockCall]
+    original_outputs: list[Tensor]
+    batches: list[Tensor]
+    batch_indices: list[int]
+    device: torch.device
+    layer_groups: list[list[str]] = field(default_factory=list, repr=False)
+    layer_calls: dict[str, int] = field(default_factory=dict, repr=False)
+    original_layer_inputs: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linear layers of the live block by their path in it; subclasses of nn.Linear are left out."""
+        return {name: m for name, m in self.module.named_modules() if type(m) is nn.Linear}
+
+    def run(self, call: BlockCall, *, original: bool = False) -> Any:
+        """What the block, or its full-precision copy, returns; the stored arguments are not written to."""
+        module = self.original if original else self.module
+        return run_call(module, call, self.device)
+
+
+def run_call(module: nn.Module, call: BlockCall, device: torch.device) -> Any:
+    """Call `module` on `device` with copies of the arguments of `call`."""
+    return module(*load(call.args, device), **load(call.kwargs, device))
+
+
+def hidden_states(call: BlockCall) -> Tensor | None:
+    """The argument that holds the hidden states, (rows, n_tokens, features) or (n_tokens, features)."""
+    candidates = (*call.args[:1], call.kwargs.get("hidden_states"), *call.args[1:], *call.kwargs.values())
+    return next(
+        (c for c in candidates if isinstance(c, Tensor) and c.is_floating_point() and c.ndim >= 2), None
+    )
+
+
+@contextmanager
+def patched(forwards: dict[nn.Module, Any]) -> Iterator[None]:
+    """Replace the forward of modules for a while; hooks on the modules still run."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
