@@ -1,1 +1,15 @@
-"""Low-bit post-training quantization for vision-language models."""
+"""Low-bit quantization of vision-language models, weighted by token saliency.
+
+    model = vlmq.quantize(model, calib_data, "int2-g64")
+    model.save_pretrained("out")
+
+Importing vlmq makes packed checkpoints known to transformers, so that its own `from_pretrained` loads them.
+"""
+
+from vlmq import calib, eval
+from vlmq.checkpoint import load, push, save
+from vlmq.planning import plan
+from vlmq.quantization import quantize
+from vlmq.scheme import Scheme
+
+__all__ = ["Scheme", "calib", "eval", "load", "plan", "push", "quantize", "save"]

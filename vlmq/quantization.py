@@ -4,9 +4,8 @@ For each block, in the order of execution, with its inputs on the full-precision
 path U:
 
 1. the saliency gives each token of each layer a weight s;
-2. layers are taken in the order of their calls (q/k/v, then o, then gate/up, then down), each seeing the
-inputs
-   that the layers quantized before it produce;
+2. layers are taken in the order of their calls (q/k/v, then o, then gate/up, then down), each seeing the inputs that
+   the layers quantized before it produce;
 3. H = U S U^T and D = (F - U) S U^T are gathered, the target is T = W + alpha W D H^-1; for a layer whose output is
    added to the residual stream, the drift of the stream itself takes the place of W D (`vlmq.calib.drift`);
 4. the solver finds the codes, and the layer is replaced.
@@ -148,7 +147,8 @@ class _Run:
         weight = quantized.dequantize(original.weight.dtype).to(original.weight.device)
         dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), original.bias
         self.model.set_submodule(name, dense)
-        packed = QuantLinear.from_quantized(quantized, original.bias).to(original.weight.device)
+        packed = QuantLinear.from_quantized(quantized, original.bias, dtype=original.weight.dtype)
+        packed.to(original.weight.device)
         packed.report = report
         self.packed[name] = packed
 
