@@ -87,9 +87,12 @@ def find_residual_point(block: Block, attention: str, call: BlockCall) -> Residu
     with hooked(*handles), frozen(block.original), torch.enable_grad():
         output = first_tensor(block.run(call, original=True))
         o = probe.attention_output
+        rejected: set[str] = set()
         for name, h in probe.entering:
-            if _is_identity(h, x) and _depends(h, o):
+            # `residual_stream` stops at the first entry, so a later one of the same module does not help.
+            if name not in rejected and _is_identity(h, x) and _depends(h, o):
                 return ResidualPoint(name)
+            rejected.add(name)
         is_sum = o is not None and o.numel() == x.numel() == output.numel() and _is_identity(output, o)
     return ResidualPoint(None, is_sum)
 
