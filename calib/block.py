@@ -41,7 +41,6 @@ class Block:
         device: where the block runs.
         layer_groups: filled by `calls_in_order`: layers that share an input, in the order of calls.
         layer_calls: filled by `calls_in_order`: how often one forward calls each layer.
-        original_layer_inputs: filled by `collect_statistics`: inputs of layers on the full-precision path.
     """
 
     spec: BlockSpec
@@ -55,7 +54,6 @@ class Block:
     device: torch.device
     layer_groups: list[list[str]] = field(default_factory=list, repr=False)
     layer_calls: dict[str, int] = field(default_factory=dict, repr=False)
-    original_layer_inputs: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers of the live block by their path in it; subclasses of nn.Linear are left out."""

@@ -56,7 +56,7 @@ def layer_inputs(
 
 
 def _inputs_of_call(
-    block: Block, module: nn.Module, call: BlockCall, names: Collection[str]
+    block: Block, module: nn.Module, call: BlockCall, names: Collection[str], *, is_copied: bool = False
 ) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     flat: list[tuple[Tensor, int, Tensor]] = []
@@ -65,12 +65,16 @@ def _inputs_of_call(
         known = next((f for t, version, f in flat if _is_same(t, version, tensor)), None)
         if known is None:
             known = tensor.detach().reshape(-1, tensor.shape[-1])
+            known = known.clone() if is_copied else known
             flat.append((tensor, tensor._version, known))
         seen[name].append(known)
-        if all(len(seen[n]) >= max(1, block.layer_calls[n]) for n in names):
+        if all(len(seen[n]) >= max(1, block.layer_calls.get(n, 1)) for n in names):
             raise StopForward
 
     _run_watched(module, call, names, see, block.device)
+    if not is_copied and any(t._version != version for t, version, _ in flat):
+        # The block wrote into an input after its layer had read it: take it again, as a copy.
+        return _inputs_of_call(block, module, call, names, is_copied=True)
     return {name: _joined(parts, module.get_submodule(name), block.device) for name, parts in seen.items()}
 
 

@@ -88,6 +88,6 @@ def share(tree: Any, other: Any) -> Any:
 
 
 def _equal(a: Tensor | Dropped, b: Tensor | Dropped) -> bool:
-    if isinstance(a, Dropped) or isinstance(b, Dropped):
-        return a == b
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return isinstance(a, Dropped) and isinstance(b, Dropped) and a == b
     return a is b or (a.dtype == b.dtype and bool(torch.equal(a, b)))
