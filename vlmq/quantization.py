@@ -216,7 +216,9 @@ def _solve_together(
 ) -> None:
     """Solve layers of one input as one matrix, row under row, and replace them."""
     started = time.perf_counter()
-    layers = [run.model.get_submodule(prefix + name) for name in names]
+    layers = [
+        m for m in map(run.model.get_submodule, (prefix + n for n in names)) if isinstance(m, nn.Linear)
+    ]
     scheme = run.plan.schemes[prefix + names[0]]
     weight = torch.cat([layer.weight.float() for layer in layers])
     try:
