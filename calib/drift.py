@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vlmq.calib.block import Block, BlockCall, hidden_states
 from vlmq.calib.replay import StopForward
 from vlmq.calib.saliency_tokens import frozen, hooked
+from vlmq.calib.statistics import exact_products
 from vlmq.calib.trees import first_tensor
 
 
@@ -64,50 +65,64 @@ def find_sum_point(block: Block, name: str) -> SumPoint | None:
     handles.append(block.original.get_submodule(name).register_forward_hook(cut))
     with hooked(*handles), frozen(block.original), torch.enable_grad():
         output = first_tensor(block.run(block.original_inputs[0], original=True))
-        if len(leaves) != 1:
+        x = hidden_states(block.original_inputs[0])
+        if (
+            len(leaves) != 1
+            or x is None
+            or leaves[0].numel() // leaves[0].shape[-1] != x.numel() // x.shape[-1]
+        ):
             return None
         if _is_sum(output, leaves[0]):
             return SumPoint(None)
         return next((SumPoint(key) for key, h in reversed(entering) if _is_sum(h, leaves[0])), None)
 
 
-def collect_output_shift(
-    block: Block, name: str, point: SumPoint, token_weights: list[Tensor]
-) -> Tensor | None:
-    """Return R = (y_F - y_U) S U^T / sum(s) of a layer whose predecessors are quantized and which is not yet.
+class OutputShift:
+    """Gathers R = (y_F - y_U) S U^T / sum(s) of a layer while its inputs are read for other statistics.
+
+    The layer's predecessors are quantized, the layer itself is not: the live block holds its full-precision weight.
 
     Args:
-        block: the block; its live module holds the full-precision weight of layer `name`.
+        block: the block.
         name: path of a linear layer in the block.
         point: from `find_sum_point`.
         token_weights: per call of the block, (n_tokens,) float32, 0 for padding.
-
-    Returns:
-        (out_features, in_features) float32, or None if the layer does not see the tokens of the stream.
     """
-    R: Tensor | None = None
-    total = 0.0
-    for i, s in enumerate(token_weights):
-        u, y_quantized = _observe(block, name, point, block.inputs[i], original=False)
-        if point.entered is None:
-            y_original = block.original_outputs[i].to(block.device)
-        else:
-            _, y_original = _observe(block, name, point, block.original_inputs[i], original=True)
-        if u is None or y_quantized.numel() // y_quantized.shape[-1] != len(u) or len(u) != len(s):
-            return None
-        drift = y_original.flatten(0, -2).float() - y_quantized.flatten(0, -2).float()
-        weighted = u.float() * s.to(u.device)[:, None]
-        if R is None:
-            R = weighted.new_zeros(drift.shape[1], u.shape[1])
-        for d, x in _chunks(drift, weighted):
-            R.addmm_(d.T, x)
-        total += float(s.sum())
-    return None if R is None or total == 0 else R.div_(total)
+
+    def __init__(self, block: Block, name: str, point: SumPoint, token_weights: list[Tensor]) -> None:
+        self.block, self.name, self.point, self.token_weights = block, name, point, token_weights
+        self._sum: Tensor | None = None
+        self._total = 0.0
+
+    def inputs(self) -> Iterator[dict[str, Tensor]]:
+        """Run the block and yield the layer's inputs, (n_tokens, in_features) by name, for each of its calls."""
+        block, name, point = self.block, self.name, self.point
+        for i, s in enumerate(self.token_weights):
+            u, y_quantized = _observe(block, name, point, block.inputs[i], original=False)
+            yield {name: u}
+            if point.entered is None:
+                y_original = block.original_outputs[i].to(block.device)
+            elif block.inputs[i] is block.original_inputs[i] and block.module is block.original:
+                y_original = y_quantized
+            else:
+                _, y_original = _observe(block, name, point, block.original_inputs[i], original=True)
+            drift = y_original.flatten(0, -2).float() - y_quantized.flatten(0, -2).float()
+            weighted = u.float() * s.to(u.device)[:, None]
+            if self._sum is None:
+                self._sum = weighted.new_zeros(drift.shape[1], u.shape[1])
+            with exact_products(u.dtype):
+                self._sum.addmm_(drift.T, weighted)
+            self._total += float(s.sum())
+
+    def result(self) -> Tensor:
+        """R, (out_features, in_features) float32, once `inputs` has been read to its end."""
+        assert self._sum is not None
+        return self._sum / self._total
 
 
 def _observe(
     block: Block, name: str, point: SumPoint, call: BlockCall, *, original: bool
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run one path of the block up to the point; returns the layer's inputs (n_tokens, in_features) and the stream."""
     module = block.original if original else block.module
     inputs: list[Tensor] = []
@@ -128,11 +143,7 @@ def _observe(
         handles.append(entered.register_forward_pre_hook(enter, with_kwargs=True))
     with hooked(*handles), torch.no_grad(), suppress(StopForward):
         stream.append(first_tensor(block.run(call, original=original)))
-    return (inputs[0] if len(inputs) == 1 else None), stream[0]
-
-
-def _chunks(a: Tensor, b: Tensor, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(a.split(size), b.split(size), strict=True)
+    return inputs[0], stream[0]
 
 
 def _is_sum(h: Tensor, z: Tensor) -> bool:

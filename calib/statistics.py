@@ -16,7 +16,7 @@ inputs and weights; one call's inputs in its own dtype on each path, and 12 in_f
 the chunk at work.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,6 +55,7 @@ def collect_statistics(
     token_weights: dict[str, list[Tensor]] | None = None,
     *,
     with_shift: bool = False,
+    source: Iterable[dict[str, Tensor]] | None = None,
 ) -> dict[str, Statistics]:
     """Gather H, and D if `with_shift`, for layers of one block as it is now.
 
@@ -65,6 +66,7 @@ def collect_statistics(
         token_weights: per name and call of the block (n_tokens,) >= 0, the coefficients s of the squared
             errors; None weighs all tokens but padding equally.
         with_shift: also run the full-precision path and gather D.
+        source: the inputs of the layers by name, one entry per call of the block; None runs the block for them.
 
     Returns:
         Statistics by name; layers with the same inputs and weights share one object.
@@ -79,7 +81,7 @@ def collect_statistics(
     originals: Iterator[dict[str, Tensor] | None] = (
         layer_inputs(block, names, path="original") if with_shift else iter([None] * len(block.inputs))
     )
-    for i, (inputs, original) in enumerate(zip(layer_inputs(block, names), originals, strict=True)):
+    for i, (inputs, original) in enumerate(zip(source or layer_inputs(block, names), originals, strict=True)):
         groups = [part for group in groups for part in group.split(inputs)]
         for group in groups:
             name = group.names[0]
@@ -178,7 +180,7 @@ class _Sums:
             return
         if self.is_shift_known and self.D is None:
             self.D = torch.zeros_like(self.H)
-        with _exact_products(u.dtype):
+        with exact_products(u.dtype):
             for start in range(0, len(u), CHUNK_TOKENS):
                 chunk = slice(start, start + CHUNK_TOKENS)
                 root = None if s is None else s[chunk, None].sqrt()
@@ -231,7 +233,7 @@ def _mirror(gram: Tensor) -> None:
 
 
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Let float32 products of bfloat16 values be formed in bfloat16 precision, in which they are exact."""
     before = torch.get_float32_matmul_precision()
     try:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from vlmq.calib.batches import as_batches
 from vlmq.calib.block import Block
-from vlmq.calib.drift import collect_output_shift, find_sum_point
+from vlmq.calib.drift import OutputShift, find_sum_point
 from vlmq.calib.saliency import SALIENCIES, prepare
 from vlmq.calib.statistics import Statistics, collect_statistics
 from vlmq.calib.tokens import CalibBatch
@@ -181,23 +181,23 @@ def _quantize_block(run: _Run, block: Block, weights: dict[str, list[Tensor]]) -
         names = [name for name in called if prefix + name in run.plan.schemes]
         if not names:
             continue
-        shift = _residual_shift(run, block, names[0], weights[names[0]]) if len(called) == 1 else None
-        statistics = collect_statistics(
-            block,
-            names,
-            {name: weights[name] for name in names},
-            with_shift=run.alpha > 0 and shift is None,
-        )
+        given = {name: weights[name] for name in names}
+        drift = _output_shift(run, block, called[0], weights) if len(called) == 1 else None
+        if drift is None:
+            statistics = collect_statistics(block, names, given, with_shift=run.alpha > 0)
+        else:
+            statistics = collect_statistics(block, names, given, with_shift=False, source=drift.inputs())
         for members in _same_problem(run, prefix, names, statistics):
+            shift = None if drift is None else drift.result()
             _solve_together(run, prefix, members, statistics[members[0]], shift)
 
 
-def _residual_shift(run: _Run, block: Block, name: str, weights: list[Tensor]) -> Tensor | None:
-    """The shift of a layer that writes to the residual stream; None for others."""
+def _output_shift(run: _Run, block: Block, name: str, weights: dict[str, list[Tensor]]) -> OutputShift | None:
+    """Where the drift of the residual stream is gathered for a layer that writes to it; None for other layers."""
     if run.alpha == 0:
         return None
     point = find_sum_point(block, name)
-    return None if point is None else collect_output_shift(block, name, point, weights)
+    return None if point is None else OutputShift(block, name, point, weights[name])
 
 
 def _same_problem(

@@ -5,7 +5,8 @@ import tiny_models
 import torch
 
 from vlmq.calib.batches import as_batches
-from vlmq.calib.drift import SumPoint, collect_output_shift, find_sum_point
+from vlmq.calib.drift import OutputShift, SumPoint, find_sum_point
+from vlmq.calib.statistics import collect_statistics
 from vlmq.calib.walk import layer_inputs, walk_blocks
 from vlmq.families import describe
 
@@ -44,7 +45,9 @@ def test_shift_is_zero_on_equal_paths_and_undoes_the_drift_of_a_perturbed_one(na
         point = find_sum_point(block, name)
         assert point is not None
         weights = [torch.ones(kinds.numel()) for kinds in block.batches]
-        R = collect_output_shift(block, name, point, weights)
+        shift = OutputShift(block, name, point, weights)
+        statistics = collect_statistics(block, [name], None, with_shift=False, source=shift.inputs())[name]
+        R = shift.result()
         if i == 0:
             assert torch.count_nonzero(R) == 0
             with torch.no_grad():
@@ -53,6 +56,7 @@ def test_shift_is_zero_on_equal_paths_and_undoes_the_drift_of_a_perturbed_one(na
             continue
         u = torch.cat([x[name] for x in layer_inputs(block, [name])])
         H = u.T @ u / len(u)
+        torch.testing.assert_close(statistics.H, H)
         layer = block.linears()[name]
         before = drift(block, point)
         step = torch.linalg.solve(H + 1e-6 * torch.eye(len(H)), R.T).T
