@@ -14,9 +14,9 @@ LAYERS = (
     "scheme",
     "kernels , families , linalg",
     "linear | calib | solvers",
-    "quantization , planning , checkpoint , staging , integrity , hf , progress",
+    "quantization , planning , checkpoint , staging , integrity , hf , opening , progress",
     "eval",
-    "cli",
+    "terminal , cli",
 )
 RANK = {
     room: i for i, layer in enumerate(LAYERS) for room in layer.replace("|", ",").replace(",", " ").split()

@@ -69,7 +69,7 @@ def save(
     if processor is not None and not hasattr(processor, "save_pretrained"):
         raise TypeError(f"expected a processor with save_pretrained, got {type(processor).__name__}")
     target = Path(path).resolve()
-    _check_target(target)
+    check_target(target)
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     check_space(target, sum(t.numel() * t.element_size() for t in tensors))
     with staged(target, _is_replaced) as folder:
@@ -174,7 +174,12 @@ def push(
     return commit.commit_url
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Refuse a folder that `save` must not replace, before hours are spent on what would go into it.
+
+    Raises:
+        ValueError: a file, or a folder that holds files but no model.
+    """
     if not target.exists():
         return
     if not target.is_dir():

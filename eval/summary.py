@@ -1,0 +1,85 @@
+"""What a plan or a packed model consists of, as tables: by part, and by layer."""
+
+import math
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from vlmq.eval.report import Column, Table
+from vlmq.families.parts import part_of
+from vlmq.linear import QuantLinear, true_bits
+from vlmq.planning import Plan
+from vlmq.scheme import Scheme
+
+PART_COLUMNS = (
+    Column("part", "Part"),
+    Column("scheme", "Scheme"),
+    Column("n_layers", "Layers", ","),
+    Column("n_weights", "Weights", ","),
+    Column("true_bits_per_weight", "True bits per weight", ".3f"),
+)
+MEASURED = (Column("proxy_loss", "Proxy loss", ".2e"), Column("seconds", "Seconds", ".1f"))
+LAYER_COLUMNS = (
+    Column("name", "Layer"),
+    Column("scheme", "Scheme"),
+    Column("shape", "Shape"),
+    Column("true_bits_per_weight", "True bits per weight", ".3f"),
+    Column("solver", "Solver"),
+    *MEASURED,
+    Column("n_tokens", "Tokens", ","),
+    Column("n_effective", "Effective tokens", ",.0f"),
+    Column("notes", "Notes"),
+)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan quantizes, by part and scheme."""
+    rows = tuple(tuple(row[column.key] for column in PART_COLUMNS) for row in plan.rows())
+    return Table("Plan", PART_COLUMNS, rows)
+
+
+def part_table(model: PreTrainedModel) -> Table:
+    """What is packed in a model, by part and scheme; proxy losses are means over the layers' weights."""
+    groups: dict[tuple[str, str], list[QuantLinear]] = {}
+    for name, layer in packed_layers(model).items():
+        groups.setdefault((part_of(model, name, layer), scheme_of(layer)), []).append(layer)
+    rows = []
+    for (part, scheme), layers in sorted(groups.items()):
+        n_weights = sum(n_weights_of(layer) for layer in layers)
+        reports = [layer.report for layer in layers if layer.report is not None]
+        weight = sum(report.n_weights for report in reports)
+        loss = sum(r.proxy_loss * r.n_weights for r in reports) / weight if weight else math.nan
+        seconds = sum(report.seconds for report in reports) if reports else math.nan
+        bits = sum(true_bits(layer) for layer in layers) / n_weights
+        rows.append((part, scheme, len(layers), n_weights, bits, loss, seconds))
+    return Table("Quantized layers", (*PART_COLUMNS, *MEASURED), tuple(rows))
+
+
+def layer_table(model: PreTrainedModel) -> Table:
+    """Every packed layer of a model."""
+    rows = []
+    for name, layer in packed_layers(model).items():
+        report = layer.report
+        measured: tuple[Any, ...] = (None,) * 6
+        if report is not None:
+            notes = "; ".join(report.notes)
+            figures = (report.proxy_loss, report.seconds, report.n_tokens, report.n_effective)
+            measured = (report.solver, *figures, notes)
+        shape = f"{layer.out_features} x {layer.in_features}"
+        rows.append((name, scheme_of(layer), shape, true_bits(layer) / n_weights_of(layer), *measured))
+    return Table("Layers", LAYER_COLUMNS, tuple(rows))
+
+
+def packed_layers(model: PreTrainedModel) -> dict[str, QuantLinear]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def scheme_of(layer: QuantLinear) -> str:
+    """Short name of a packed layer's scheme."""
+    return Scheme(layer.format, layer.group_size).name
+
+
+def n_weights_of(layer: QuantLinear) -> int:
+    """Number of weights of a packed layer."""
+    return layer.out_features * layer.in_features

@@ -1,0 +1,131 @@
+"""The commands on a tiny model on disk, run as a user runs them but in this process."""
+
+import json
+import sys
+
+import pytest
+from tiny_models import build
+from tiny_processors import build as build_processor
+from tiny_processors import picture
+
+from vlmq import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a text, and questions with images."""
+    folder = tmp_path_factory.mktemp("cli")
+    build("llava").save_pretrained(folder / "model")
+    build_processor("llava").save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("a plain text of some length, to be measured. " * 6)
+    for i in range(3):
+        picture(i).save(folder / f"{i}.png")
+    rows = [{"image": f"{i}.png", "question": "what is it?", "answer": "noise"} for i in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Run `vlmq` with arguments in the folder; returns the exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["vlmq", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def packed(folder):
+    """A packed model, made by the command."""
+    command = [
+        "quantize",
+        str(folder / "model"),
+        str(folder / "packed"),
+        "--calib",
+        str(folder / "rows.jsonl"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vlmq", *command, "--scheme", "int4-g32", "--override", "vision=none"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert not stopped.value.code
+    return "packed"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, folder):
+    code, out, _ = run("quantize", "model", "planned", "--dry-run", "--scheme", "int2-g64")
+    assert code == 0
+    assert "int2-g64" in out
+    assert "true bits per weight" in out
+    assert not (folder / "planned").exists()
+
+
+def test_dry_run_as_json(run):
+    code, out, _ = run("quantize", "model", "planned", "--dry-run", "--override", "vision=int8", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert {row["scheme"] for row in plan["plan"]} == {"int4-g128", "int8-g128"}
+    assert 0 < plan["coverage"] < 1
+
+
+def test_quantize_packs_what_the_overrides_leave(run, packed, folder):
+    assert (folder / packed / "model.safetensors").exists()
+    code, out, err = run("inspect", packed, "--layers", "--json")
+    content = json.loads(out)
+    assert code == 0, err
+    assert {(row["part"], row["scheme"]) for row in content["parts"]} == {("language", "int4-g32")}
+    assert all(row["solver"] and row["proxy_loss"] >= 0 for row in content["layers"])
+    assert content["true_bits_per_weight"] == pytest.approx(4.75)
+    assert content["metadata"]["seed"] == 0
+
+
+def test_inspect_shows_tables(run, packed):
+    code, out, _ = run("inspect", packed, "--layers")
+    assert code == 0
+    assert "language" in out
+    assert "4.750 true bits per weight" in out
+
+
+def test_eval_measures_text_and_questions_beside_the_original(run, packed):
+    measures = ("--text", "text.txt", "--length", "20", "--vqa", "rows.jsonl")
+    code, out, err = run("eval", packed, *measures, "--reference", "model", "--json")
+    assert code == 0, err
+    original, model = json.loads(out)["evaluation"]
+    assert original["model"] == "original"
+    assert original["text_kl"] is None
+    assert model["perplexity"] == pytest.approx(original["perplexity"], rel=0.5)
+    assert 0 <= model["answer_kl"] < 1
+    assert model["bits_per_parameter"] < original["bits_per_parameter"] == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "model", "out"), "--calib is missing"),
+        (("quantize", "model", "out", "--dry-run", "--scheme", "int5"), "format 'int5'"),
+        (("quantize", "model", "out", "--dry-run", "--override", "vision"), "expected PATTERN=SCHEME"),
+        (("quantize", "model", "out", "--dry-run", "--override", "nothing.*=int8"), "nothing.*"),
+        (("quantize", "model", ".", "--dry-run"), "it holds files but no model"),
+        (("quantize", "model", "out", "--calib", "missing.jsonl"), "missing.jsonl"),
+        (("eval", "model"), "nothing to measure"),
+        (("eval", "model", "--text", "missing.txt"), "missing.txt"),
+        (("eval", "model", "--text", "text.txt"), "too few"),
+        (("inspect", "model"), "no vlmq checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_wrong_option_is_exit_code_2(run):
+    assert run("quantize", "model", "out", "--nonsense")[0] == 2

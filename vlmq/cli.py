@@ -1,0 +1,231 @@
+"""The command line: `vlmq quantize | eval | inspect | demo`.
+
+Nothing is decided here: each command opens what it is given, calls one function, and prints a table or, with
+--json, a JSON object on stdout. Whatever the user can put right ends with one line on stderr and exit code 2.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers import PreTrainedModel
+
+from vlmq import checkpoint, terminal
+from vlmq.calib.data import load
+from vlmq.calib.saliency import SALIENCIES
+from vlmq.eval.demo import run_demo
+from vlmq.eval.evaluation import evaluate
+from vlmq.eval.perplexity import token_windows
+from vlmq.eval.report import Table, as_json, as_rich
+from vlmq.eval.size import disk_bytes, model_size
+from vlmq.eval.summary import layer_table, part_table, plan_table
+from vlmq.eval.vqa import load_rows
+from vlmq.opening import open_empty, open_model, open_processor
+from vlmq.planning import Plan, plan
+from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, quantize
+
+TOKEN_WEIGHTS = ", ".join(SALIENCIES)
+DEMO_FOLDER = Path("vlmq-demo")
+
+app = typer.Typer(
+    help="Low-bit quantization of vision-language models, weighted by token saliency.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda or cuda:1; the CPU unless told.")]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+Seed = Annotated[int, typer.Option(help="The same seed on the same machine gives the same packed bytes.")]
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed model.")],
+    scheme: Annotated[str, typer.Option(help="Format and group size.")] = "int4-g128",
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration data: a folder of images, a .jsonl, or a known set.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="A recipe such as gptq+cd; the format's best.")] = None,
+    saliency: Annotated[str, typer.Option(help=f"Weights of tokens: {TOKEN_WEIGHTS}.")] = DEFAULT_SALIENCY,
+    alpha: Annotated[float, typer.Option(help="Strength of the asymmetric target, 0 to 1.")] = DEFAULT_ALPHA,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=SCHEME", help="A part or layer pattern; none keeps it. Repeatable."),
+    ] = None,
+    n_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Where a calibration row is cut.")] = 2048,
+    seed: Seed = 0,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done.")] = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Quantize MODEL and save it packed into OUT."""
+    overrides = parse_overrides(override or [])
+    checkpoint.check_target(out)
+    if dry_run:
+        empty = open_empty(model, trust_remote_code=trust_remote_code)
+        _show_plan(plan(empty, scheme, solver=solver, overrides=overrides), json)
+        return
+    if calib is None:
+        sources = "a folder of images, a .jsonl file or a known set"
+        raise ValueError(f"--calib is missing: give {sources}, or --dry-run")
+    with terminal.working("loading model and calibration data"):
+        processor = open_processor(model, trust_remote_code=trust_remote_code)
+        loaded = open_model(model, device=device, trust_remote_code=trust_remote_code)
+        steps = plan(loaded, scheme, solver=solver, overrides=overrides)
+        batches = load(calib, processor, n_samples=n_samples, max_tokens=max_tokens, seed=seed)
+    for warning in steps.warnings():
+        terminal.show_warning(warning)
+    quantize(
+        loaded,
+        batches,
+        scheme,
+        solver=solver,
+        saliency=saliency,
+        alpha=alpha,
+        overrides=overrides,
+        device=device,
+        seed=seed,
+        progress=terminal.LiveProgress(scheme),
+    )
+    checkpoint.save(loaded, out, processor)
+    _show_model(loaded, out, json, tables={"parts": part_table(loaded)})
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the model, packed or not.")],
+    text: Annotated[Path | None, typer.Option(help="A text file, for perplexity.")] = None,
+    vqa: Annotated[Path | None, typer.Option(help="A .jsonl of image, question, answer.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The original model, to compare with.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
+    n_windows: Annotated[int | None, typer.Option(help="Windows of text; all unless told.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward.")] = 8,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Measure a model on text and questions, beside the original if --reference names it."""
+    if text is None and vqa is None:
+        raise ValueError("nothing to measure: give --text FILE, --vqa FILE.jsonl or both")
+    with terminal.working("loading"):
+        processor = open_processor(model, trust_remote_code=trust_remote_code)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        rows = None if vqa is None else load_rows(vqa)
+        ids = None
+        if text is not None:
+            ids = token_windows(text.read_text(), tokenizer, length=length, n_windows=n_windows)
+        loaded = open_model(model, device=device, trust_remote_code=trust_remote_code)
+        original = None
+        if reference is not None:
+            original = open_model(reference, device=device, trust_remote_code=trust_remote_code)
+    with terminal.working("measuring"):
+        table = evaluate(
+            loaded, processor, token_ids=ids, rows=rows, original=original, batch_size=batch_size
+        )
+    _show({"evaluation": table}, json)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a packed model.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Also list every layer.")] = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Show what a packed model is made of: parts, true bits, how it was made."""
+    with terminal.working("loading"):
+        loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
+    tables = {"parts": part_table(loaded)} | ({"layers": layer_table(loaded)} if layers else {})
+    _show_model(loaded, Path(model), json, tables=tables)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the packed models.")] = DEMO_FOLDER,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Quantize the model that ships with vlmq to four widths, and show what it cost. Offline."""
+    demo = run_demo(out, seed=seed, progress=terminal.LiveProgress("demo"))
+    _show({"models": demo.table}, json, lines=[f"wrote {path}" for path in demo.files])
+
+
+def parse_overrides(texts: list[str]) -> dict[str, str | None]:
+    """Read PATTERN=SCHEME, where the scheme "none" keeps the layers in full precision.
+
+    Raises:
+        ValueError: no pattern or no scheme.
+    """
+    overrides: dict[str, str | None] = {}
+    for text in texts:
+        pattern, _, scheme = text.rpartition("=")
+        if not (pattern and scheme):
+            example = "'vision=int8' or 'lm_head=none'"
+            raise ValueError(f"--override {text!r}: expected PATTERN=SCHEME, such as {example}")
+        overrides[pattern] = None if scheme.lower() == "none" else scheme
+    return overrides
+
+
+def _show_plan(steps: Plan, json: bool) -> None:
+    figures = {
+        "coverage": steps.coverage,
+        "true_bits_per_weight": steps.true_bits_per_weight,
+        "n_bytes_before": steps.n_bytes_before,
+        "n_bytes_after": steps.n_bytes_after,
+        "kept": steps.kept,
+        "warnings": steps.warnings(),
+    }
+    if json:
+        _show({"plan": plan_table(steps), **figures}, json)
+    else:
+        terminal.out.print(str(steps), highlight=False, markup=False)
+
+
+def _show_model(model: PreTrainedModel, folder: Path, json: bool, *, tables: dict[str, Table]) -> None:
+    size = model_size(model)
+    n_bytes = disk_bytes(folder) if folder.is_dir() else None
+    metadata = model.config.quantization_config.metadata
+    content = {
+        **tables,
+        "true_bits_per_weight": size.bits_per_weight,
+        "bits_per_parameter": size.bits_per_parameter,
+        "coverage": size.coverage,
+        "n_bytes_on_disk": n_bytes,
+        "metadata": metadata,
+    }
+    on_disk = "" if n_bytes is None else f"; {n_bytes / 1e6:.1f} MB in {folder}"
+    covered = f"in {size.n_quantized_layers} layers with {size.coverage:.1%} of all parameters"
+    lines = [
+        f"{size.bits_per_weight:.3f} true bits per weight {covered}; "
+        f"{size.bits_per_parameter:.3f} bits per parameter of everything{on_disk}",
+        *(f"{key}: {value}" for key, value in metadata.items()),
+    ]
+    _show(content, json, lines=lines)
+
+
+def _show(content: dict[str, Any], json: bool, *, lines: list[str] | None = None) -> None:
+    """Print tables and lines, or everything as JSON."""
+    if json:
+        sys.stdout.write(as_json(content) + "\n")
+        return
+    for value in content.values():
+        if isinstance(value, Table):
+            terminal.out.print(as_rich(value))
+    for line in lines or []:
+        terminal.out.print(line, highlight=False, markup=False)
+
+
+def main() -> None:
+    """Run the command line; what the user can put right becomes one line on stderr and exit code 2."""
+    terminal.quiet_libraries()
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        terminal.show_error(str(error) or type(error).__name__)
+        raise SystemExit(2) from None

@@ -1,0 +1,57 @@
+"""Open a model or a processor by folder or hub name, packed or not, with the class that fits its config."""
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+from vlmq import checkpoint
+from vlmq.hf import QUANT_METHOD
+
+
+def open_model(
+    path_or_id: str, *, device: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model in eval mode, in the dtype of its checkpoint; a packed one stays packed.
+
+    Args:
+        path_or_id: folder or repository of the hub.
+        device: where to; None is the CPU.
+        trust_remote_code: run the model's own code.
+    """
+    config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+    block = getattr(config, "quantization_config", None) or {}
+    if block.get("quant_method") == QUANT_METHOD:
+        model = checkpoint.load(path_or_id, trust_remote_code=trust_remote_code)
+    else:
+        auto = auto_class(config)
+        model = auto.from_pretrained(path_or_id, trust_remote_code=trust_remote_code).eval()
+    return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def open_empty(path_or_id: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device: names, shapes and dtype without weights, from the config alone."""
+    config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return auto_class(config).from_config(
+            config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
+        )
+
+
+def open_processor(path_or_id: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the model's processor; a tokenizer where the model has nothing else."""
+    return AutoProcessor.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that keeps the most of a model: with its language head, if it has one."""
+    kinds = (
+        ("AutoModelForImageTextToText", transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        ("AutoModelForCausalLM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
+    )
+    remote = getattr(config, "auto_map", None) or {}
+    for name, mapping in kinds:
+        if type(config) in mapping or name in remote:
+            return getattr(transformers, name)
+    return transformers.AutoModel

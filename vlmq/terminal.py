@@ -1,0 +1,102 @@
+"""What the command line shows: the live progress of `quantize`, tables, and errors in one line.
+
+Progress, messages and errors go to stderr and results to stdout, so `--json` output can be piped.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import transformers
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from vlmq.report import LayerReport
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True)
+
+
+class LiveProgress:
+    """A bar over the layers: block, layer, proxy loss, time spent and left; notes of a layer stay above it.
+
+    Where stderr is no terminal, one line per block is written instead.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[where]}", style="cyan"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+        )
+        self._blocks: list[str] = []
+        self._n_blocks = 0
+        self._task = self._bar.add_task(title, total=None, where="", visible=False)
+
+    def start(self, n_blocks: int, n_layers: int) -> None:
+        """Show an empty bar."""
+        self._blocks, self._n_blocks = [], n_blocks
+        self._bar.reset(self._task, total=n_layers, where="calibrating", visible=True)
+        self._bar.start()
+
+    def layer(self, report: LayerReport, block_name: str) -> None:
+        """Move on by one layer."""
+        if block_name not in self._blocks:
+            self._blocks.append(block_name)
+            if not err.is_terminal:
+                err.print(f"{self._title}: block {len(self._blocks)}/{self._n_blocks} {block_name}")
+        name = report.name.removeprefix(f"{block_name}.")
+        where = (
+            f"block {len(self._blocks)}/{self._n_blocks}  {block_name}  {name}  loss {report.proxy_loss:.2e}"
+        )
+        self._bar.update(self._task, advance=1, where=where)
+        for note in report.notes:
+            err.print(f"{report.name}: {note}", style="yellow")
+
+    def finish(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+def show_error(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"[bold red]error:[/] {_escape(' '.join(message.split()))}", soft_wrap=True, highlight=False)
+
+
+def show_warning(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"[bold yellow]warning:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """A spinner with what is going on; nothing where stderr is no terminal."""
+    if not err.is_terminal:
+        yield
+        return
+    with err.status(text):
+        yield
+
+
+def quiet_libraries() -> None:
+    """Keep the bars of transformers out of the way of ours; its warnings stay."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.captureWarnings(True)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
