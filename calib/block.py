@@ -1,6 +1,6 @@
 """One block on its way through calibration: its module, a full-precision copy, the inputs of both paths."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,33 @@ class Block:
 def run_call(module: nn.Module, call: BlockCall, device: torch.device) -> Any:
     """Call `module` on `device` with copies of the arguments of `call`."""
     return module(*load(call.args, device), **load(call.kwargs, device))
+
+
+def run_with_writes(
+    forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, list[dict]]:
+    """Call a forward; return its output, and what it put into each dict among its arguments.
+
+    Some families hand a dict from block to block: Gemma 4 shares keys and values among layers in that way.
+    """
+    shared = _dicts(args, kwargs)
+    before = [dict(d) for d in shared]
+    output = forward(*args, **kwargs)
+    written = [
+        {key: value for key, value in d.items() if key not in b or value is not b[key]}
+        for d, b in zip(shared, before, strict=True)
+    ]
+    return output, written
+
+
+def repeat_writes(written: list[dict], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Put into the dicts among the arguments what a stored call put there."""
+    for shared, new in zip(_dicts(args, kwargs), written, strict=True):
+        shared.update(new)
+
+
+def _dicts(args: tuple, kwargs: dict[str, Any]) -> list[MutableMapping]:
+    return [argument for argument in (*args, *kwargs.values()) if isinstance(argument, MutableMapping)]
 
 
 def hidden_states(call: BlockCall) -> Tensor | None:

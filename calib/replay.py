@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmq.calib.block import BlockCall, patched
+from vlmq.calib.block import BlockCall, patched, repeat_writes, run_with_writes
 from vlmq.calib.tokens import CalibBatch
 from vlmq.calib.trees import Dropped, leaves, load, map_leaves, offload
 
@@ -56,8 +56,9 @@ def _configs(config: Any) -> Iterator[Any]:
 class Replay:
     """Runs batches through a model in which some modules are stubs.
 
-    Outputs are kept in CPU memory, per path ("original", "quantized"), module and batch one tree per call. On
-    the model's device lie, at the peak, the model, one batch and what the module that runs needs.
+    Outputs, with what was written to dicts among the arguments, are kept in CPU memory, per path ("original",
+    "quantized"), module and batch one tree per call. On the model's device lie, at the peak, the model, one
+    batch and what the module that runs needs.
     """
 
     def __init__(self, model: PreTrainedModel, batches: list[CalibBatch]) -> None:
@@ -93,11 +94,11 @@ class Replay:
             calls.append(BlockCall(*offload((args, kwargs))))
             if n_calls == 1:
                 raise StopForward
-            output = live(*args, **kwargs)
-            outputs.append(offload(output))
+            made = run_with_writes(live, args, kwargs)
+            outputs.append(offload(made))
             if len(outputs) == n_calls:
                 raise StopForward
-            return output
+            return made[0]
 
         self._run(index, path, {module: take})
         return calls, outputs
@@ -109,11 +110,11 @@ class Replay:
         outputs: list[Any] = []
 
         def listen(*args: Any, **kwargs: Any) -> Any:
-            output = live(*args, **kwargs)
-            outputs.append(offload(output))
+            made = run_with_writes(live, args, kwargs)
+            outputs.append(offload(made))
             if len(outputs) == n_calls:
                 raise StopForward
-            return output
+            return made[0]
 
         self._run(index, path, {module: listen})
         return outputs
@@ -143,7 +144,9 @@ class Replay:
 
         def stub(*args: Any, **kwargs: Any) -> Any:
             for tree in remaining:
-                return map_leaves(self._revive, tree)
+                output, written = map_leaves(self._revive, tree)
+                repeat_writes(written, args, kwargs)
+                return output
             raise RuntimeError(
                 f"{name!r} in batch {index}: expected {len(trees)} calls as in the first batch with the same "
                 "inputs, got more; give batches that run other modules other input names, or take them out"

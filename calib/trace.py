@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmq.calib.block import patched
+from vlmq.calib.block import patched, repeat_writes, run_with_writes
 from vlmq.calib.trees import leaves, map_leaves
 from vlmq.families import BlockSpec
 
@@ -90,18 +90,22 @@ class _Recorder:
             self.order.append(name)
             self._read((args, kwargs), name)
             with torch.no_grad():
-                output = forward(*args, **kwargs)
-            return self._made(output, name)
+                made = run_with_writes(forward, args, kwargs)
+            output, written = self._made(made, name)
+            repeat_writes(written, args, kwargs)
+            return output
 
         return call
 
     def tower(self, name: str, forward: Callable[..., Any], *, live: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with torch.set_grad_enabled(live):
-                output = forward(*args, **kwargs)
+                made = run_with_writes(forward, args, kwargs)
             self.order.append(name)
-            self._read(output, name)
-            return self._made(output, name)
+            self._read(made, name)
+            output, written = self._made(made, name)
+            repeat_writes(written, args, kwargs)
+            return output
 
         return call
 

@@ -5,7 +5,7 @@ one.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ def leaves(tree: Any) -> Iterator[Any]:
     """The tensors (and `Dropped`) of a tree in a fixed order."""
     if isinstance(tree, Tensor | Dropped):
         yield tree
-    elif isinstance(tree, dict):
+    elif isinstance(tree, MutableMapping):
         for value in tree.values():
             yield from leaves(value)
     elif isinstance(tree, tuple | list):
@@ -39,7 +39,7 @@ def map_leaves(change: Callable[[Any], Any], tree: Any) -> Any:
     """The tree with every tensor (and `Dropped`) replaced by `change` of it, in the order of `leaves`."""
     if isinstance(tree, Tensor | Dropped):
         return change(tree)
-    if isinstance(tree, dict):
+    if isinstance(tree, MutableMapping):
         made = copy.copy(tree)
         for key, value in tree.items():
             made[key] = map_leaves(change, value)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmq.calib.block import Block, BlockCall, hidden_states, run_call
+from vlmq.calib.block import Block, BlockCall, hidden_states, run_with_writes
 from vlmq.calib.layer_inputs import calls_in_order, layer_inputs
 from vlmq.calib.replay import Outputs, Replay, calibration_mode
 from vlmq.calib.tokens import IMAGE, TEXT, CalibBatch
 from vlmq.calib.trace import Trace, signature, trace, walk_order
-from vlmq.calib.trees import first_tensor, offload, share
+from vlmq.calib.trees import first_tensor, load, offload, share
 from vlmq.families import PARTS, BlockSpec, Layout
 
 __all__ = ["Block", "BlockCall", "calls_in_order", "layer_inputs", "walk_blocks"]
@@ -214,7 +214,8 @@ class _Walk:
 
     def _run(self, module: nn.Module, call: BlockCall) -> object:
         with torch.no_grad():
-            return offload(run_call(module, call, self.device))
+            args, kwargs = load((call.args, call.kwargs), self.device)
+            return offload(run_with_writes(module, args, kwargs))
 
 
 def _last_read(traced: Trace, steps: list[str]) -> dict[str, dict[int, int]]:
