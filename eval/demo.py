@@ -6,6 +6,7 @@ questions. Written are a table (demo.md, demo.json) and a picture (demo.png); th
 them. Needs no network.
 """
 
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from vlmq.eval.token_map import token_map
 from vlmq.eval.vqa import VqaResult, VqaRow, answer_accuracy
 from vlmq.progress import Progress
 from vlmq.quantization import quantize
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("int4-g64", "int2-g64", "ternary-g64", "binary-g64")
 COLUMNS = (
@@ -97,15 +100,16 @@ def run_demo(
     original = AutoModelForImageTextToText.from_pretrained(path).eval()
     bits = 8.0 * original.dtype.itemsize
     widths = [Width("original", answer_accuracy(original, processor, rows), bits, disk_bytes(path), None)]
+    logger.info("original: %.1f %% of %d questions right", 100 * widths[0].result.accuracy, len(rows))
     checkpoints = {scheme: folder / scheme for scheme in schemes}
     for scheme, target in checkpoints.items():
-        started = time.perf_counter()
-        _quantize_and_save(path, target, processor, calibration, scheme, seed, progress)
-        seconds = time.perf_counter() - started
+        seconds = _quantize_and_save(path, target, processor, calibration, scheme, seed, progress)
         model = checkpoint.load(target)
         size = model_size(model)
         result = answer_accuracy(model, processor, rows)
         widths.append(Width(scheme, result, size.bits_per_weight, disk_bytes(target), seconds))
+        done = f"quantized in {seconds:.1f} s, saved, reloaded with the same logits bit by bit"
+        logger.info("%s: %s, %.1f %% right", scheme, done, 100 * result.accuracy)
 
     table = _table(widths, len(rows))
     chosen = choose_examples(widths, n_examples)
@@ -137,14 +141,21 @@ def _quantize_and_save(
     scheme: str,
     seed: int,
     progress: Progress | None,
-) -> None:
-    """Quantize a fresh copy of the model, save it, and see that what was written gives the same logits."""
+) -> float:
+    """Quantize a fresh copy of the model, save it, and see that what was written gives the same logits.
+
+    Returns:
+        Seconds that quantizing took.
+    """
     model = AutoModelForImageTextToText.from_pretrained(path).eval()
+    started = time.perf_counter()
     quantize(model, calibration, scheme, seed=seed, progress=progress)
+    seconds = time.perf_counter() - started
     checkpoint.save(model, target, processor)
     inputs = calibration[0].inputs
     if not torch.equal(forward_logits(model, inputs), forward_logits(checkpoint.load(target), inputs)):
         raise RuntimeError(f"{scheme}: the logits after reloading {target} differ from those before saving")
+    return seconds
 
 
 def choose_examples(widths: Sequence[Width], n_examples: int) -> list[tuple[int, str]]:

@@ -13,6 +13,7 @@ from textwrap import wrap
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import FancyBboxPatch
@@ -21,7 +22,7 @@ from PIL import Image
 INK, GREY, LINE = "#1d2733", "#66717e", "#d5dae1"
 RIGHT, WRONG = "#12703c", "#b3261e"
 RIGHT_FILL, WRONG_FILL = "#e4f4ea", "#fce8e6"
-HEAT = "inferno"
+HEAT = "YlOrRd"
 CELL, LABEL, GAP = 1.55, 2.75, 0.14  # inches: width of a question, of the models' labels, between groups
 
 
@@ -140,15 +141,16 @@ def _picture(figure: Figure, left: float, top: float, image: Image.Image) -> Axe
 
 
 def _heat_map(figure: Figure, left: float, top: float, example: Example, peak: float) -> AxesImage:
-    """The image in grey with one coloured square per token over it."""
-    axes = _picture(figure, left, top, example.image.convert("L").convert("RGB"))
+    """The image in light grey with one coloured square per token over it; what weighs nothing lets it through."""
+    grey = example.image.convert("L").point(lambda value: 110 + value * 145 // 255)
+    axes = _picture(figure, left, top, grey.convert("RGB"))
     width, height = example.image.size
+    norm = PowerNorm(0.5, vmin=0, vmax=peak)
     return axes.imshow(
         example.saliency,
         cmap=HEAT,
-        vmin=0,
-        vmax=peak,
-        alpha=0.68,
+        norm=norm,
+        alpha=np.clip(0.05 + 1.2 * np.asarray(norm(example.saliency)), 0, 0.85),
         interpolation="nearest",
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )

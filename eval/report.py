@@ -61,7 +61,7 @@ def as_rich(table: Table) -> RichTable:
     """The table for a terminal."""
     view = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in table.columns:
-        view.add_column(column.title, justify="right" if column.spec else "left", overflow="fold")
+        view.add_column(column.title, justify="right" if column.spec else "left", no_wrap=not column.spec)
     for cells in _cells(table):
         view.add_row(*cells)
     return view

@@ -152,6 +152,7 @@ def demo_command(
     json: Json = False,
 ) -> None:
     """Quantize the model that ships with vlmq to four widths, and show what it cost. Offline."""
+    terminal.follow("vlmq.eval.demo")
     demo = run_demo(out, seed=seed, progress=terminal.LiveProgress("demo"))
     _show({"models": demo.table}, json, lines=[f"wrote {path}" for path in demo.files])
 

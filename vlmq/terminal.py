@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import transformers
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -51,7 +52,8 @@ class LiveProgress:
         """Show an empty bar."""
         self._blocks, self._n_blocks = [], n_blocks
         self._bar.reset(self._task, total=n_layers, where="calibrating", visible=True)
-        self._bar.start()
+        if err.is_terminal:
+            self._bar.start()
 
     def layer(self, report: LayerReport, block_name: str) -> None:
         """Move on by one layer."""
@@ -70,6 +72,14 @@ class LiveProgress:
     def finish(self) -> None:
         """Take the bar away."""
         self._bar.stop()
+
+
+def follow(logger_name: str) -> None:
+    """Show what a module reports of its steps, on stderr."""
+    handler = RichHandler(console=err, show_time=False, show_level=False, show_path=False, markup=False)
+    logger = logging.getLogger(logger_name)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
 
 
 def show_error(message: str) -> None:
