@@ -253,9 +253,14 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         auto = hf.AutoModelForCausalLM
     else:
         auto = hf.AutoModelForImageTextToText
+    return from_config(auto, FAMILIES[family](), dtype)
+
+
+def from_config(auto: Any, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of a config of one's own, with the same fixed random weights; `auto` is an AutoModel class."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
-        model = auto.from_config(FAMILIES[family](), dtype=dtype)
+        model = auto.from_config(config, dtype=dtype)
         _randomize(model)
     return model.eval()
 
