@@ -8,6 +8,10 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 
 
+# Tiny tensors gain nothing from threads, and a barrier of threads waits long where the machine is busy.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
