@@ -1,0 +1,45 @@
+"""The stages of the small model's training: their lengths, rates and the questions they draw."""
+
+from dataclasses import dataclass
+
+from vlmq.eval.easy_vqa_data import question_kind
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own warm-up and cosine.
+
+    `shares` says how readily a question is drawn, by its `drawing_kind`.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    n_warmup_steps: int
+    shares: dict[str, float]
+
+
+# A yes/no answer tells one bit about the picture, the others two or three.
+STAGES = (
+    Stage(
+        epochs=28,
+        batch_size=32,
+        learning_rate=1e-3,
+        n_warmup_steps=150,
+        shares={
+            "color": 3.0,
+            "shape": 3.0,
+            "presence": 1.0,
+            "absence": 1.0,
+            "presence of a shape": 1.0,
+            "absence of a shape": 1.0,
+        },
+    ),
+)
+
+
+def drawing_kind(question: str) -> str:
+    """Kind of a question, the yes/no questions that name a shape apart: they are few and the hardest."""
+    kind = question_kind(question)
+    names_shape = any(word in question for word in ("circle", "rectangle", "triangle"))
+    return f"{kind} of a shape" if names_shape and kind in ("presence", "absence") else kind
