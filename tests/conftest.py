@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
-
 # Tiny tensors gain nothing from threads, and a barrier of threads waits long where the machine is busy.
 torch.set_num_threads(1)
 
