@@ -20,7 +20,7 @@ check: $(STAMP) types
 
 # Type checkers know no package-dir: a tree of links shows them the package as it is installed.
 types:
-	@rm -rf build/types && mkdir -p build/types/vlmq
+	@rm -rf build/types && mkdir -p $(addprefix build/types/,vlmq calib kernels eval)
 	@for path in vlmq/* calib kernels eval; do ln -sfn ../../../$$path build/types/vlmq/$${path##*/}; done
 	@ln -sfn ../../pyproject.toml build/types/pyproject.toml
 
