@@ -16,7 +16,7 @@ check: $(STAMP) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright -p build/types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # tiny tensors: threads only wait for each other
 
 # Type checkers know no package-dir: a tree of links shows them the package as it is installed.
 types:
