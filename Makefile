@@ -15,7 +15,7 @@ test: check  ## all tests and lint
 check: $(STAMP) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright -p build/types
+	$(BIN)/pyright --pythonpath $(BIN)/python -p build/types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # tiny tensors: threads only wait for each other
 
 # Type checkers know no package-dir: a tree of links shows them the package as it is installed.
