@@ -45,8 +45,8 @@ colour, what shape, is it there ("presence"), is it not there ("absence").
 
 ## Training
 
-Only the train split of [easy-vqa](https://github.com/vzhou842/easy-VQA) (MIT licence, copyright 2019 Victor
-Zhou; generated pictures and questions), from random weights, {training_seconds} seconds on {hardware}
+Only the train split of the PyPI package easy-vqa (MIT licence, its notice is
+in `shapes-data/LICENSE`; generated pictures and questions), from random weights, {training_seconds} seconds on {hardware}
 (torch {torch}, transformers {transformers}):
 
     {command}

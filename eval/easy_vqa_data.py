@@ -1,6 +1,6 @@
 """Rows of easy-vqa: pictures of one shape and the questions asked about them.
 
-easy-vqa (MIT, https://github.com/vzhou842/easy-VQA) is generated data: 64 x 64 pictures of one coloured shape
+the PyPI package easy-vqa (MIT) is generated data: 64 x 64 pictures of one coloured shape
 on a light ground, questions from 107 sentences, 13 one-word answers. A row is `{"image", "question",
 "answer"}`.
 
