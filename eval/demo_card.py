@@ -46,8 +46,8 @@ colour, what shape, is it there ("presence"), is it not there ("absence").
 ## Training
 
 Only the train split of the PyPI package easy-vqa (MIT licence, its notice is
-in `shapes-data/LICENSE`; generated pictures and questions), from random weights, {training_seconds} seconds on {hardware}
-(torch {torch}, transformers {transformers}):
+in `shapes-data/LICENSE`; generated pictures and questions), from random weights,
+{training_seconds} seconds on {hardware} (torch {torch}, transformers {transformers}):
 
     {command}
 """

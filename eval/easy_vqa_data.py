@@ -1,8 +1,7 @@
 """Rows of easy-vqa: pictures of one shape and the questions asked about them.
 
-the PyPI package easy-vqa (MIT) is generated data: 64 x 64 pictures of one coloured shape
-on a light ground, questions from 107 sentences, 13 one-word answers. A row is `{"image", "question",
-"answer"}`.
+The PyPI package easy-vqa (MIT) holds generated data: 64 x 64 pictures of one coloured shape on a light ground,
+questions from 107 sentences, 13 one-word answers. A row is `{"image", "question", "answer"}`.
 
 Two sources give the same rows:
 
