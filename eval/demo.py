@@ -9,7 +9,8 @@ them. Needs no network.
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,31 @@ def run_demo(
     """
     folder, path = Path(out), Path(model_path or demo_model_path())
     folder.mkdir(parents=True, exist_ok=True)
+    with _one_thread():
+        return _run(folder, path, schemes, n_calibration, n_questions, n_examples, seed, progress)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: in matrices as small as these, threads mostly wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _run(
+    folder: Path,
+    path: Path,
+    schemes: Sequence[str],
+    n_calibration: int,
+    n_questions: int | None,
+    n_examples: int,
+    seed: int,
+    progress: Progress | None,
+) -> Demo:
     processor = AutoProcessor.from_pretrained(path)
     rows = load_shapes("test", n_rows=n_questions)
     calibration = load(load_shapes("calibration"), processor, n_samples=n_calibration, seed=seed)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import transformers
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -71,15 +70,22 @@ class LiveProgress:
 
     def finish(self) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        if err.is_terminal:
+            self._bar.stop()
 
 
 def follow(logger_name: str) -> None:
     """Show what a module reports of its steps, on stderr."""
-    handler = RichHandler(console=err, show_time=False, show_level=False, show_path=False, markup=False)
     logger = logging.getLogger(logger_name)
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    logger.addHandler(_Lines())
+
+
+class _Lines(logging.Handler):
+    """Prints each message as a line, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(record.getMessage(), soft_wrap=True, highlight=False, markup=False)
 
 
 def show_error(message: str) -> None:
