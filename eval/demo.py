@@ -43,7 +43,7 @@ COLUMNS = (
     Column("megabytes", "Size on disk (MB)", ".2f"),
     Column("seconds", "Seconds to quantize", ".1f"),
 )
-FIRST, WRONG = "the first test questions", "the first that a width gets wrong"
+FIRST, WRONG = "the first test questions", "the first that a quantized model alone gets wrong"
 
 
 @dataclass(frozen=True)
