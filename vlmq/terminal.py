@@ -36,10 +36,10 @@ class LiveProgress:
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[where]}", style="cyan"),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[where]}", style="cyan"),
             console=err,
             transient=True,
         )
@@ -62,7 +62,7 @@ class LiveProgress:
                 err.print(f"{self._title}: block {len(self._blocks)}/{self._n_blocks} {block_name}")
         name = report.name.removeprefix(f"{block_name}.")
         where = (
-            f"block {len(self._blocks)}/{self._n_blocks}  {block_name}  {name}  loss {report.proxy_loss:.2e}"
+            f"loss {report.proxy_loss:.2e}  block {len(self._blocks)}/{self._n_blocks}  {block_name}  {name}"
         )
         self._bar.update(self._task, advance=1, where=where)
         for note in report.notes:
