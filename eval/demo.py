@@ -121,7 +121,9 @@ def _run(
 ) -> Demo:
     processor = AutoProcessor.from_pretrained(path)
     rows = load_shapes("test", n_rows=n_questions)
-    calibration = load(load_shapes("calibration"), processor, n_samples=n_calibration, batch_size=16, seed=seed)
+    calibration = load(
+        load_shapes("calibration"), processor, n_samples=n_calibration, batch_size=16, seed=seed
+    )
 
     original = AutoModelForImageTextToText.from_pretrained(path).eval()
     bits = 8.0 * original.dtype.itemsize
