@@ -5,8 +5,9 @@ alternated in closed form (for symmetric ternary the exact optimum stands in pla
 grid is then aligned to the hessian with the codes held, and the error is compensated by the columns that
 follow. Two differences: the alignment uses the hessian conditioned on the columns already done, S = (U^T
 U)^-1, which is the loss that remains after compensation, and it is alternated with renewed feedback, each
-row keeping its best; and coordinate descent with refits follows. The two-plane formats (ternary2, binary2)
-are solved the same way, with a second plane in the residual of the first.
+row keeping its best; and coordinate descent with refits follows. Two planes (ternary2, binary2) are fitted
+together: a code is the best pair, and both scales solve one 2 x 2 system. ARB-LLM's column scales are not part of
+the format and are left out.
 """
 
 import torch
