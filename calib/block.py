@@ -1,13 +1,14 @@
 """One block on its way through calibration: its module, a full-precision copy, the inputs of both paths."""
 
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlmq.calib.settled import Settled, replayed
 from vlmq.calib.trees import load
 from vlmq.families import BlockSpec
 
@@ -41,6 +42,7 @@ class Block:
         device: where the block runs.
         layer_groups: filled by `calls_in_order`: layers that share an input, in the order of calls.
         layer_calls: filled by `calls_in_order`: how often one forward calls each layer.
+        settled: what is final in the block, see `vlmq.calib.settled`.
     """
 
     spec: BlockSpec
@@ -54,6 +56,7 @@ class Block:
     device: torch.device
     layer_groups: list[list[str]] = field(default_factory=list, repr=False)
     layer_calls: dict[str, int] = field(default_factory=dict, repr=False)
+    settled: Settled = field(default_factory=Settled, repr=False)
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers of the live block by their path in it; subclasses of nn.Linear are left out."""
@@ -64,37 +67,27 @@ class Block:
         module = self.original if original else self.module
         return run_call(module, call, self.device)
 
+    def settle(self, names: Collection[str]) -> None:
+        """Say that these linear layers of the live block stay as they now are."""
+        self.settled.layers.update(names)
+
+    def replaying(
+        self, i: int, *, original: bool, reach: Collection[str] = ()
+    ) -> AbstractContextManager[None]:
+        """While it lasts, one forward of call `i` on one path takes what is final from memory.
+
+        Args:
+            i: index into `inputs`.
+            original: for the full-precision copy on `original_inputs[i]`, else for the live block.
+            reach: modules whose hooks have to run or whose inputs are wanted; what holds one is not replayed.
+        """
+        module = self.original if original else self.module
+        return replayed(self.settled, module, i, original=original, reach=reach, device=self.device)
+
 
 def run_call(module: nn.Module, call: BlockCall, device: torch.device) -> Any:
     """Call `module` on `device` with copies of the arguments of `call`."""
     return module(*load(call.args, device), **load(call.kwargs, device))
-
-
-def run_with_writes(
-    forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-) -> tuple[Any, list[dict]]:
-    """Call a forward; return its output, and what it put into each dict among its arguments.
-
-    Some families hand a dict from block to block: Gemma 4 shares keys and values among layers in that way.
-    """
-    shared = _dicts(args, kwargs)
-    before = [dict(d) for d in shared]
-    output = forward(*args, **kwargs)
-    written = [
-        {key: value for key, value in d.items() if key not in b or value is not b[key]}
-        for d, b in zip(shared, before, strict=True)
-    ]
-    return output, written
-
-
-def repeat_writes(written: list[dict], args: tuple, kwargs: dict[str, Any]) -> None:
-    """Put into the dicts among the arguments what a stored call put there."""
-    for shared, new in zip(_dicts(args, kwargs), written, strict=True):
-        shared.update(new)
-
-
-def _dicts(args: tuple, kwargs: dict[str, Any]) -> list[MutableMapping]:
-    return [argument for argument in (*args, *kwargs.values()) if isinstance(argument, MutableMapping)]
 
 
 def hidden_states(call: BlockCall) -> Tensor | None:
@@ -103,19 +96,3 @@ def hidden_states(call: BlockCall) -> Tensor | None:
     return next(
         (c for c in candidates if isinstance(c, Tensor) and c.is_floating_point() and c.ndim >= 2), None
     )
-
-
-@contextmanager
-def patched(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    """Replace the forward of modules for a while; hooks on the modules still run."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmq.calib.block import Block, BlockCall, hidden_states
+from vlmq.calib.block import Block, BlockCall, hidden_states, run_call
 from vlmq.calib.replay import StopForward
 from vlmq.calib.saliency_tokens import frozen, hooked
 from vlmq.calib.statistics import exact_products
@@ -98,14 +98,15 @@ class OutputShift:
         """Run the block and yield the layer's inputs, (n_tokens, in_features) by name, for each of its calls."""
         block, name, point = self.block, self.name, self.point
         for i, s in enumerate(self.token_weights):
-            u, y_quantized = _observe(block, name, point, block.inputs[i], original=False)
+            inputs, y_quantized = _observe(block, name, point, i, original=False)
+            u = inputs[0]
             yield {name: u}
             if point.entered is None:
                 y_original = block.original_outputs[i].to(block.device)
             elif block.inputs[i] is block.original_inputs[i] and block.module is block.original:
                 y_original = y_quantized
             else:
-                _, y_original = _observe(block, name, point, block.original_inputs[i], original=True)
+                _, y_original = _observe(block, name, point, i, original=True)
             drift = y_original.flatten(0, -2).float() - y_quantized.flatten(0, -2).float()
             weighted = u.float() * s.to(u.device)[:, None]
             if self._sum is None:
@@ -121,29 +122,53 @@ class OutputShift:
 
 
 def _observe(
-    block: Block, name: str, point: SumPoint, call: BlockCall, *, original: bool
-) -> tuple[Tensor, Tensor]:
-    """Run one path of the block up to the point; returns the layer's inputs (n_tokens, in_features) and the stream."""
-    module = block.original if original else block.module
+    block: Block, name: str, point: SumPoint, i: int, *, original: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Run one path of call `i` up to the point.
+
+    Returns:
+        the layer's inputs, (n_tokens, in_features) per call of it, none on the full-precision path; and the stream.
+    """
+    module, calls = (block.original, block.original_inputs) if original else (block.module, block.inputs)
     inputs: list[Tensor] = []
     stream: list[Tensor] = []
+    is_past = False
 
     def see(_: nn.Module, args: tuple) -> None:
-        inputs.append(args[0].reshape(-1, args[0].shape[-1]))
+        nonlocal is_past
+        is_past = True
+        if not original:
+            inputs.append(args[0].reshape(-1, args[0].shape[-1]))
+
+    def leave(*_: Any) -> None:
+        nonlocal is_past
+        is_past = True
 
     def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         h = hidden_states(BlockCall(args, kwargs))
-        if inputs and h is not None:
+        if is_past and h is not None:
             stream.append(h)
             raise StopForward
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(see)]
+    # A child that is replayed runs none of the hooks inside it; its own hooks run.
+    child = module.get_submodule(name.split(".")[0])
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(see),
+        child.register_forward_hook(leave),
+    ]
+    reach = [] if original else [name]
     if point.entered is not None:
         entered = module.get_submodule(point.entered)
         handles.append(entered.register_forward_pre_hook(enter, with_kwargs=True))
-    with hooked(*handles), torch.no_grad(), suppress(StopForward):
-        stream.append(first_tensor(block.run(call, original=original)))
-    return inputs[0], stream[0]
+        reach.append(point.entered)
+    with (
+        hooked(*handles),
+        torch.no_grad(),
+        suppress(StopForward),
+        block.replaying(i, original=original, reach=reach),
+    ):
+        stream.append(first_tensor(run_call(module, calls[i], block.device)))
+    return inputs, stream[0]
 
 
 def _is_sum(h: Tensor, z: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlmq.calib.block import Block, BlockCall, run_call
+from vlmq.calib.block import Block, run_call
 from vlmq.calib.replay import StopForward
 
 Path = Literal["quantized", "original"]
@@ -48,15 +48,12 @@ def layer_inputs(
         if it was not called.
     """
     _survey(block)
-    module, calls = (
-        (block.module, block.inputs) if path == "quantized" else (block.original, block.original_inputs)
-    )
-    for call in calls:
-        yield _inputs_of_call(block, module, call, names)
+    for i in range(len(block.inputs)):
+        yield _inputs_of_call(block, i, names, original=path == "original")
 
 
 def _inputs_of_call(
-    block: Block, module: nn.Module, call: BlockCall, names: Collection[str], *, is_copied: bool = False
+    block: Block, i: int, names: Collection[str], *, original: bool, is_copied: bool = False
 ) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     flat: list[tuple[Tensor, int, Tensor]] = []
@@ -71,10 +68,11 @@ def _inputs_of_call(
         if all(len(seen[n]) >= max(1, block.layer_calls.get(n, 1)) for n in names):
             raise StopForward
 
-    _run_watched(module, call, names, see, block.device)
+    module = block.original if original else block.module
+    _run_watched(block, i, names, see, original=original)
     if not is_copied and any(t._version != version for t, version, _ in flat):
         # The block wrote into an input after its layer had read it: take it again, as a copy.
-        return _inputs_of_call(block, module, call, names, is_copied=True)
+        return _inputs_of_call(block, i, names, original=original, is_copied=True)
     return {name: _joined(parts, module.get_submodule(name), block.device) for name, parts in seen.items()}
 
 
@@ -91,7 +89,7 @@ def _survey(block: Block) -> None:
     names = list(block.linears())
     missing = set(names)
     counts: Counter[str] = Counter(dict.fromkeys(names, 0))
-    for i, call in enumerate(block.inputs):
+    for i in range(len(block.inputs)):
         seen: list[tuple[Tensor, int, list[str]]] = []
 
         def see(name: str, tensor: Tensor, seen=seen, is_first=i == 0) -> None:
@@ -105,7 +103,7 @@ def _survey(block: Block) -> None:
             else:
                 group.append(name)
 
-        _run_watched(block.module, call, names, see, block.device)
+        _run_watched(block, i, names, see, original=False)
         block.layer_groups += [group for _, _, group in seen]
         if not missing:
             break
@@ -114,21 +112,18 @@ def _survey(block: Block) -> None:
 
 
 def _run_watched(
-    module: nn.Module,
-    call: BlockCall,
-    names: Collection[str],
-    see: Callable[[str, Tensor], None],
-    device: torch.device,
+    block: Block, i: int, names: Collection[str], see: Callable[[str, Tensor], None], *, original: bool
 ) -> None:
-    """Run a module, call `see(name, input)` before each call of the named layers; `StopForward` ends it."""
+    """Run a block, call `see(name, input)` before each call of the named layers; `StopForward` ends it."""
+    module, calls = (block.original, block.original_inputs) if original else (block.module, block.inputs)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda _, args, kwargs: see(name, args[0] if args else kwargs["input"])
 
     handles = [module.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
     try:
-        with torch.no_grad():
-            run_call(module, call, device)
+        with torch.no_grad(), block.replaying(i, original=original, reach=names):
+            run_call(module, calls[i], block.device)
     except StopForward:
         return
     finally:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmq.calib.block import BlockCall, patched, repeat_writes, run_with_writes
+from vlmq.calib.block import BlockCall
+from vlmq.calib.forwards import patched, repeat_writes, run_with_writes
 from vlmq.calib.tokens import CalibBatch
 from vlmq.calib.trees import Dropped, leaves, load, map_leaves, offload
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmq.calib.block import patched, repeat_writes, run_with_writes
+from vlmq.calib.forwards import patched, repeat_writes, run_with_writes
 from vlmq.calib.trees import leaves, map_leaves
 from vlmq.families import BlockSpec
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmq.calib.block import Block, BlockCall, hidden_states, run_with_writes
+from vlmq.calib.block import Block, BlockCall, hidden_states
+from vlmq.calib.forwards import run_with_writes
 from vlmq.calib.layer_inputs import calls_in_order, layer_inputs
 from vlmq.calib.replay import Outputs, Replay, calibration_mode
 from vlmq.calib.tokens import IMAGE, TEXT, CalibBatch
@@ -146,22 +147,24 @@ class _Walk:
             parted, _ = self._capture(name, n_calls, "quantized")
             quantized = {i: _share_calls(parted[i], calls[i]) for i in calls}
         module = self.model.get_submodule(name).to(self.device)
-        for i in calls:
-            if not outputs[i]:
-                outputs[i] = [self._run(module, call) for call in calls[i]]
-        self.replay.outputs["original"][name] = outputs
         spec = self.selected[name]
-        return Block(
+        block = Block(
             spec=spec,
             module=module,
             original=copy.deepcopy(module),
             inputs=[call for i in calls for call in quantized[i]],
             original_inputs=[call for i in calls for call in calls[i]],
-            original_outputs=[first_tensor(tree) for i in calls for tree in outputs[i]],
+            original_outputs=[],
             batches=[_kinds(spec, call, self.replay.batches[i].kinds) for i in calls for call in calls[i]],
             batch_indices=[i for i in calls for _ in calls[i]],
             device=self.device,
         )
+        for number, i in enumerate(block.batch_indices):
+            if n_calls[i] == 1:
+                outputs[i] = [self._run(block, number, original=True)]
+        self.replay.outputs["original"][name] = outputs
+        block.original_outputs += [first_tensor(tree) for i in calls for tree in outputs[i]]
+        return block
 
     def _close(self, block: Block, n_calls: dict[int, int]) -> None:
         """Store what the block, as the consumer left it, puts out on the quantized path."""
@@ -173,10 +176,10 @@ class _Walk:
             block.module.to(self.replay.home)
             return
         quantized: Outputs = {}
-        for i, call, reference in zip(block.batch_indices, block.inputs, block.original_inputs, strict=True):
+        for number, i in enumerate(block.batch_indices):
             if n_calls[i] == 1:
-                is_equal = is_same and call is reference
-                quantized[i] = original[i] if is_equal else [self._run(block.module, call)]
+                is_equal = is_same and block.inputs[number] is block.original_inputs[number]
+                quantized[i] = original[i] if is_equal else [self._run(block, number, original=False)]
         block.module.to(self.replay.home)
         for i in original:
             if n_calls[i] > 1:
@@ -212,9 +215,10 @@ class _Walk:
             i: outputs for i, (_, outputs) in captured.items()
         }
 
-    def _run(self, module: nn.Module, call: BlockCall) -> object:
-        with torch.no_grad():
-            args, kwargs = load((call.args, call.kwargs), self.device)
+    def _run(self, block: Block, i: int, *, original: bool) -> object:
+        module, calls = (block.original, block.original_inputs) if original else (block.module, block.inputs)
+        with torch.no_grad(), block.replaying(i, original=original):
+            args, kwargs = load((calls[i].args, calls[i].kwargs), self.device)
             return offload(run_with_writes(module, args, kwargs))
 
 

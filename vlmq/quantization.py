@@ -179,17 +179,25 @@ def _quantize_block(run: _Run, block: Block, weights: dict[str, list[Tensor]]) -
     prefix = f"{block.spec.name}."
     for called in calls_in_order(block):
         names = [name for name in called if prefix + name in run.plan.schemes]
-        if not names:
-            continue
-        given = {name: weights[name] for name in names}
-        drift = _output_shift(run, block, called[0], weights) if len(called) == 1 else None
-        if drift is None:
-            statistics = collect_statistics(block, names, given, with_shift=run.alpha > 0)
-        else:
-            statistics = collect_statistics(block, names, given, with_shift=False, source=drift.inputs())
-        for members in _same_problem(run, prefix, names, statistics):
-            shift = None if drift is None else drift.result()
-            _solve_together(run, prefix, members, statistics[members[0]], shift)
+        if names:
+            _quantize_group(run, block, names, weights, is_alone=len(called) == 1)
+        block.settle(called)
+
+
+def _quantize_group(
+    run: _Run, block: Block, names: list[str], weights: dict[str, list[Tensor]], *, is_alone: bool
+) -> None:
+    """Quantize layers that share an input; one that is alone may be the one that writes to the stream."""
+    prefix = f"{block.spec.name}."
+    given = {name: weights[name] for name in names}
+    drift = _output_shift(run, block, names[0], weights) if is_alone else None
+    if drift is None:
+        statistics = collect_statistics(block, names, given, with_shift=run.alpha > 0)
+    else:
+        statistics = collect_statistics(block, names, given, with_shift=False, source=drift.inputs())
+    for members in _same_problem(run, prefix, names, statistics):
+        shift = None if drift is None else drift.result()
+        _solve_together(run, prefix, members, statistics[members[0]], shift)
 
 
 def _output_shift(run: _Run, block: Block, name: str, weights: dict[str, list[Tensor]]) -> OutputShift | None:
