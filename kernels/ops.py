@@ -1,4 +1,4 @@
-"""The operator `torch.ops.vlmq.quant_linear` and the table of its backends.
+"""The operator `torch.ops.vlmq.quant_linear`, whichever backend runs it (`vlmq.kernels.backends`).
 
     y = x W^T + bias,    dL/dx = dL/dy W
 
@@ -8,39 +8,12 @@ bias, so a gradient can pass through a quantized block. Scales have no gradient.
 parts are checked where a module is built or loaded, not at each call.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmq.kernels import reference
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation: `forward` and `grad` are called as the reference's two functions are."""
-
-    name: str
-    supports: Callable[[Tensor, str, int], bool]
-    forward: Callable[..., Tensor]
-    grad: Callable[..., Tensor]
-
-
-def _always(x: Tensor, format_name: str, group_size: int) -> bool:
-    return True
-
-
-BACKENDS: tuple[Backend, ...] = (
-    Backend("reference", _always, reference.quant_linear, reference.quant_linear_grad),
-)
-"""In order of preference; the last one takes everything."""
-
-
-def choose_backend(x: Tensor, format_name: str, group_size: int) -> Backend:
-    """Return the first backend that supports this input."""
-    return next(b for b in BACKENDS if b.supports(x, format_name, group_size))
+from vlmq.kernels.backends import choose_backend
 
 
 @torch.library.custom_op("vlmq::quant_linear", mutates_args=(), device_types=("cpu", "cuda"))
@@ -55,7 +28,7 @@ def quant_linear(
     group_size: int,
 ) -> Tensor:
     """Apply a packed linear layer; arguments and result as in `vlmq.kernels.reference.quant_linear`."""
-    backend = choose_backend(x, format_name, group_size)
+    backend = choose_backend(x, format_name, in_features, group_size)
     return backend.forward(x, qweight, scales, zeros, bias, format_name, in_features, group_size)
 
 
@@ -84,7 +57,7 @@ def quant_linear_grad(
     group_size: int,
 ) -> Tensor:
     """Gradient of the input of a packed linear layer; as in `vlmq.kernels.reference.quant_linear_grad`."""
-    backend = choose_backend(grad, format_name, group_size)
+    backend = choose_backend(grad, format_name, in_features, group_size)
     return backend.grad(grad, qweight, scales, zeros, format_name, in_features, group_size)
 
 

@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for top in ("vlmq", "calib", "kernels", "eval", "tests") for p in (ROOT / top).rglob("*.py"))
 MAX_LINES = {"kernels": 400, "tests": 400}
 BROAD = {"Exception", "BaseException"}
+# The one switch from outside: which kernel runs, for users who cannot reach the code and tests of each kernel.
+MAY_READ_ENVIRONMENT = {"kernels/backends.py"}
 
 
 def names(node: ast.AST | None) -> set[str]:
@@ -28,4 +30,5 @@ def test_file_keeps_to_the_limits(path):
     assert [n.name for n in functions if (n.end_lineno or 0) - n.lineno + 1 > 80] == []
     if top != "tests":
         assert [n.lineno for n in excepts if names(n.type) & BROAD] == [], "broad except"
+    if top != "tests" and str(path.relative_to(ROOT)) not in MAY_READ_ENVIRONMENT:
         assert [n.lineno for n in attributes if n.attr in {"environ", "getenv"}] == [], "environment variable"

@@ -5,7 +5,6 @@ import torch
 from random_weights import random_weight
 
 from vlmq.formats import FORMATS
-from vlmq.kernels import ops
 from vlmq.kernels.packing import pack
 
 
@@ -88,28 +87,3 @@ def test_compiled_gradient_equals_the_eager_one():
         backend="aot_eager",
     )
     assert torch.equal(torch.autograd.grad(compiled(x), x)[0], eager)
-
-
-def test_last_backend_takes_everything():
-    *_, last = ops.BACKENDS
-    assert last.name == "reference"
-    assert all(
-        last.supports(torch.randn(2, 72, dtype=dtype), "int3", 0) for dtype in (torch.half, torch.double)
-    )
-
-
-def test_first_backend_that_supports_the_input_runs(monkeypatch):
-    _, args = arguments("int4", torch.randn(2, 72))
-    ran = []
-
-    def forward(x, *rest):
-        ran.append(x.shape)
-        return ops.reference.quant_linear(x, *rest)
-
-    only_int4 = ops.Backend(
-        "mine", lambda x, name, g: name == "int4", forward, ops.reference.quant_linear_grad
-    )
-    monkeypatch.setattr(ops, "BACKENDS", (only_int4, *ops.BACKENDS))
-    torch.ops.vlmq.quant_linear(*args)
-    assert ran == [(2, 72)]
-    assert ops.choose_backend(args[0], "int3", 64).name == "reference"

@@ -1,0 +1,90 @@
+"""The ordered table of implementations of the packed linear layer, and the choice among them.
+
+An entry says in words why it cannot run on an input (`why_not`), or None if it can. The first entry that can is
+taken; the last, the reference, always can. It is never taken in silence on a GPU: one warning names what each
+other entry said. `explain` gives the same words to whoever asks.
+
+To add one: a module with a `why_not` and a `forward` (and a `grad` if it has one), and a line in `BACKENDS`.
+The variable VLMQ_BACKEND names one entry that is to be used whatever comes before it; it is the project's only
+switch from outside, for tests of each entry and for users whose first choice misbehaves.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from vlmq.kernels import reference
+
+OVERRIDE = "VLMQ_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    `why_not(x, format_name, in_features, group_size)` says why it cannot run, None if it can; of x it may look
+    at shape, dtype and device. `forward` and `grad` are called as the reference's two functions are.
+    """
+
+    name: str
+    why_not: Callable[[Tensor, str, int, int], str | None]
+    forward: Callable[..., Tensor]
+    grad: Callable[..., Tensor] = reference.quant_linear_grad
+
+
+def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int) -> str | None:
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (Backend("reference", _runs_always, reference.quant_linear),)
+"""In order of preference; the last one takes everything."""
+
+
+def choose_backend(x: Tensor, format_name: str, in_features: int, group_size: int) -> Backend:
+    """Return the first backend that can run, or the one that VLMQ_BACKEND names.
+
+    Args:
+        x: (..., in_features), only its shape, dtype and device count.
+        format_name: name of the format.
+        in_features: number of weights in a row.
+        group_size: weights per group, 0 for one group per channel.
+
+    Raises:
+        ValueError: VLMQ_BACKEND names no backend, or one that cannot run here.
+    """
+    if forced := os.environ.get(OVERRIDE):
+        return _forced_backend(forced, x, format_name, in_features, group_size)
+    for backend in BACKENDS[:-1]:
+        if backend.why_not(x, format_name, in_features, group_size) is None:
+            return backend
+    if x.is_cuda and len(BACKENDS) > 1:
+        _warn_once(_slow_choice(explain(x, format_name, in_features, group_size)))
+    return BACKENDS[-1]
+
+
+def explain(x: Tensor, format_name: str, in_features: int, group_size: int) -> dict[str, str | None]:
+    """Return for each backend, in order of preference, why it cannot run; None if it can."""
+    return {b.name: b.why_not(x, format_name, in_features, group_size) for b in BACKENDS}
+
+
+def _forced_backend(name: str, x: Tensor, format_name: str, in_features: int, group_size: int) -> Backend:
+    known = {b.name: b for b in BACKENDS}
+    if name not in known:
+        raise ValueError(f"{OVERRIDE}={name!r} is unknown; known: {' '.join(known)}")
+    if reason := known[name].why_not(x, format_name, in_features, group_size):
+        raise ValueError(f"{OVERRIDE}={name} cannot run here: {reason}; unset it to let vlmq choose")
+    return known[name]
+
+
+def _slow_choice(reasons: dict[str, str | None]) -> str:
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    return f"packed layers run in plain PyTorch on this GPU, which is slow, as no kernel can: {said}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
