@@ -51,6 +51,21 @@ STAGES = (
             "absence of a shape": 8.0,
         },
     ),
+    # What then remains: 6 % of the questions whether a shape is absent; the others stay as they are.
+    Stage(
+        epochs=5,
+        batch_size=16,
+        learning_rate=4e-4,
+        n_warmup_steps=50,
+        shares={
+            "color": 0.2,
+            "shape": 2.0,
+            "presence": 0.2,
+            "absence": 0.2,
+            "presence of a shape": 1.0,
+            "absence of a shape": 8.0,
+        },
+    ),
 )
 
 
