@@ -111,6 +111,14 @@ def test_eval_measures_text_and_questions_beside_the_original(run, packed):
         (("quantize", "model", "out", "--dry-run", "--scheme", "int5"), "format 'int5'"),
         (("quantize", "model", "out", "--dry-run", "--override", "vision"), "expected PATTERN=SCHEME"),
         (("quantize", "model", "out", "--dry-run", "--override", "nothing.*=int8"), "nothing.*"),
+        (
+            ("quantize", "model", "out", "--dry-run", "--solver", "ternary"),
+            "'ternary' solves ternary formats only",
+        ),
+        (
+            ("quantize", "model", "out", "--calib", "rows.jsonl", "--solver", "binary", "--scheme", "int2"),
+            "leave the solver out",
+        ),
         (("quantize", "model", ".", "--dry-run"), "it holds files but no model"),
         (("quantize", "model", "out", "--calib", "missing.jsonl"), "missing.jsonl"),
         (("eval", "model"), "nothing to measure"),

@@ -131,7 +131,21 @@ def test_a_failure_puts_the_model_back(monkeypatch):
             "group size 48 of 'int4-g48' is not offered; offered: g16, g32, g64, g128, channel",
         ),
         ({"solver": "awq"}, "solver 'awq' is unknown; known: rtn"),
-        ({"options": {"dampp": 0.1}}, "takes no dampp; known:"),
+        ({"options": {"dampp": 0.1}}, "solver 'gptq\\+cd' \\(scheme 'int4-g16'\\) takes no dampp; known:"),
+        ({"options": {"damp": -1}}, "option damp must not be below 0, got -1"),
+        (
+            {"options": {"n_sweeps": 2}, "overrides": {"vision": "int8-g16"}},
+            "solver 'gptq' \\(override 'vision' 'int8-g16'\\) takes no n_sweeps; known: act_order",
+        ),
+        (
+            {"solver": "ternary"},
+            "solver 'ternary' solves ternary formats only, got format 'int4' \\(scheme gives 'int4-g16' to layer "
+            "'model.vision_tower.*'\\); leave the solver out",
+        ),
+        (
+            {"scheme": "ternary-g16", "solver": "ternary+cd", "overrides": {"*.down_proj": "binary-g16"}},
+            "got format 'binary' \\(override '\\*.down_proj' gives 'binary-g16' to layer '.*down_proj'\\)",
+        ),
         ({"saliency": "attention"}, "saliency 'attention' is unknown; known: uniform"),
         ({"alpha": 2.0}, "alpha must be between 0 and 1, got 2.0"),
         ({"overrides": {"*visual*": "int4"}}, r"override '\*visual\*' matches no linear layer; use a part"),
@@ -144,6 +158,13 @@ def test_wrong_arguments_fail_before_work(arguments, message):
     with pytest.raises(ValueError, match=message):
         vlmq.quantize(model, batches, **{"scheme": "int4-g16", **arguments})
     assert not packed(model)
+
+
+def test_a_solver_need_not_fit_a_scheme_that_no_layer_takes():
+    model = tiny_models.build("llava")
+    overrides = {"vision": "ternary-g16", "language": "ternary-g32"}
+    plan = vlmq.plan(model, "int4-g16", solver="ternary", overrides=overrides)
+    assert {s.solver for s in plan.schemes.values()} == {"ternary"}
 
 
 def test_an_empty_calibration_set_fails():

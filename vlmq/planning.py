@@ -20,7 +20,7 @@ from vlmq.formats import n_groups
 from vlmq.kernels.packing import row_bytes
 from vlmq.scheme import Scheme, parse_scheme
 from vlmq.solvers import default_solver
-from vlmq.solvers.recipe import split_options
+from vlmq.solvers.recipe import check_format, split_options
 
 FIXED_REASONS = ("router", "multihead attention", "embedding-tied", "subclass of nn.Linear")
 
@@ -136,23 +136,27 @@ def plan(
         options: options of the solver.
 
     Raises:
-        ValueError: an unknown format, group size, solver or option; a pattern that matches no layer; a
-            layer that cannot be quantized; nothing to quantize.
+        ValueError: an unknown format, group size, solver or option; a solver that is not meant for a
+            layer's format; a pattern that matches no layer; a layer that cannot be quantized; nothing to
+            quantize.
         TypeError: the model or a scheme has the wrong type.
     """
     layout = describe(model)
-    default = _with_solver(parse_scheme(scheme), solver, options)
+    default = _with_solver(parse_scheme(scheme), solver, options, "scheme")
     chosen: dict[str, Scheme | None] = {
         name: default if info.kept is None else None for name, info in layout.linears.items()
     }
     kept = {name: info.kept for name, info in layout.linears.items() if info.kept is not None}
+    sources = dict.fromkeys(layout.linears, "scheme")
     for pattern, value in (overrides or {}).items():
         matched = _match(pattern, layout)
         where = f"override {pattern!r} (matches {len(matched)} layers)"
-        given = None if value is None else _with_solver(parse_scheme(value, where=where), solver, options)
+        given = None
+        if value is not None:
+            given = _with_solver(parse_scheme(value, where=where), solver, options, f"override {pattern!r}")
         for name in matched:
             _check_possible(name, layout, given, where)
-            chosen[name] = given
+            chosen[name], sources[name] = given, f"override {pattern!r}"
             kept[name] = f"override {pattern!r}"
     schemes = {name: given for name, given in chosen.items() if given is not None}
     if not schemes:
@@ -160,6 +164,8 @@ def plan(
     kept = {name: reason for name, reason in kept.items() if name not in schemes}
     bits, n_weights = {}, {}
     for name, given in schemes.items():
+        where = f" ({sources[name]} gives {given.name!r} to layer {name!r})"
+        check_format(str(given.solver), given.format, where=where)
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         bits[name] = stored_bits(layer.out_features, layer.in_features, given)
@@ -168,11 +174,13 @@ def plan(
     return Plan(layout, schemes, kept, bits, n_weights, size)
 
 
-def _with_solver(scheme: Scheme, solver: str | None, options: Mapping[str, Any] | None) -> Scheme:
-    """Fill in the recipe and check that it takes the options."""
+def _with_solver(
+    scheme: Scheme, solver: str | None, options: Mapping[str, Any] | None, source: str
+) -> Scheme:
+    """Fill in the recipe and check that it takes the options; `source` is what the scheme was given by."""
     recipe = scheme.solver or solver or default_solver(scheme.format)
     merged = {**scheme.options, **(options or {})}
-    split_options(recipe, merged)
+    split_options(recipe, merged, where=f" ({source} {scheme.name!r})")
     return replace(scheme, solver=recipe, options=merged)
 
 

@@ -49,6 +49,17 @@ def test_solver_contract(recipe, format, group_size):
     assert torch.equal(quantized.scales, again.scales)
 
 
+@pytest.mark.parametrize("recipe", ["ternary", "binary"])
+@pytest.mark.parametrize("group_size", [16, None])
+def test_lowbit_solvers_are_feedback_with_long_descent(recipe, group_size):
+    W, H = problem(5, 37)
+    for format in (f for f in FORMATS if f.startswith(recipe)):
+        quantized = solve(recipe, W, H, format, group_size)
+        same = solve("gptq+cd", W, H, format, group_size, n_sweeps=8)
+        assert torch.equal(quantized.codes, same.codes)
+        assert torch.equal(quantized.scales, same.scales)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_feedback_beats_rounding_and_descent_beats_feedback(format):
     W, H = problem(16, 64)
@@ -73,7 +84,7 @@ def test_feedback_is_the_textbook_loop():
     """Same codes as Frantar et al.'s loop, column by column in float64, on a fixed grid."""
     W, H = problem(6, 24, seed=1)
     format = get_format("int4")
-    quantized = solve("gptq", W, H, "int4", None, act_order=False, scale_factors=(1.0,), n_align=0)
+    quantized = solve("gptq", W, H, "int4", None, act_order=False, scale_factors=(1.0,))
     damped = damp_and_factor(H).hessian.double()
     U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     w = W.double().clone()
@@ -173,8 +184,12 @@ def test_bad_names_options_and_hessians_are_named():
         solve("gptqq", W, H, "int4", None)
     with pytest.raises(ValueError, match="takes no damping; known: .*damp"):
         solve("gptq+cd", W, H, "int4", None, damping=0.1)
-    with pytest.raises(ValueError, match="ternary formats only, got 'int4'"):
+    with pytest.raises(ValueError, match="ternary formats only, got format 'int4'; leave the solver out"):
         solve("ternary", W, H, "int4", None)
+    with pytest.raises(TypeError, match='option damp expects a finite number, got "much"'):
+        solve("gptq", W, H, "int4", None, damp="much")
+    with pytest.raises(ValueError, match="option n_sweeps must not be below 0, got -1"):
+        solve("cd", W, H, "int4", None, n_sweeps=-1)
     H[2, 2] = float("nan")
     with pytest.raises(RuntimeError, match="not finite"):
         solve("gptq", W, H, "int4", None)

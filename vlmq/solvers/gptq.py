@@ -17,9 +17,7 @@ from torch import Tensor
 
 from vlmq.formats import Format, QuantizedWeight, n_groups
 from vlmq.linalg import damp_and_factor
-from vlmq.solvers.grid import Grid, align, fit_grid, grid_values, round_to_grid, stored
-
-BLOCK_SIZE = 128
+from vlmq.solvers.grid import Grid, fit_grid, round_to_grid, stored
 
 
 def column_order(diagonal: Tensor, group_size: int, act_order: bool) -> list[Tensor]:
@@ -42,7 +40,6 @@ def solve(
     damp: float = 0.01,
     act_order: bool = True,
     scale_factors: tuple[float, ...] = (1.0, 0.9, 1.1),
-    n_align: int = 2,
 ) -> QuantizedWeight:
     """Quantize with second-order feedback.
 
@@ -56,7 +53,6 @@ def solve(
         damp: fraction of the mean diagonal added to the hessian.
         act_order: visit important groups and columns first.
         scale_factors: the fitted scales times these are the candidates of each group.
-        n_align: rounds of grid alignment and renewed feedback in each group.
     """
     damped = damp_and_factor(hessian, damp)
     in_features = weight.shape[1]
@@ -108,26 +104,6 @@ def _best_candidate(
     chosen = loss.argmin(0) * rows + torch.arange(rows, device=block.device)
     zeros = None if candidates.zeros is None else candidates.zeros[chosen]
     return codes[chosen], error[chosen], Grid(candidates.scales[chosen], zeros)
-
-
-def _aligned(
-    block: Tensor, codes: Tensor, error: Tensor, U: Tensor, grid: Grid, format: Format
-) -> tuple[Tensor, Tensor, Grid]:
-    """Align the grid to the codes and round again; each row keeps what has the least loss.
-
-    With all later columns free to compensate, the loss of an error d = w - what of this group is d S d^T with
-    S = (U^T U)^-1, U the group's part of the factor: the hessian conditioned on the columns before.
-    """
-    values = grid_values(grid, format).gather(1, codes.long())
-    S = torch.cholesky_inverse(U, upper=True)
-    new, _ = align(codes, values, (block - values) @ S, S, grid, format)
-    new_codes, new_error = feedback(block, U, new, format)
-    better = (new_error**2).sum(1) < (error**2).sum(1)
-    return (
-        torch.where(better[:, None], new_codes, codes),
-        torch.where(better[:, None], new_error, error),
-        new.where(better, grid),
-    )
 
 
 def feedback(block: Tensor, U: Tensor, grid: Grid, format: Format) -> tuple[Tensor, Tensor]:

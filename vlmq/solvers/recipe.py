@@ -1,13 +1,13 @@
 """The tables of solvers and refinements, and the running of a recipe such as "gptq+cd"."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from vlmq.formats import Format, QuantizedWeight
+from vlmq.options import check_types
 from vlmq.registry import Registry
 
 SOLVERS = Registry(
@@ -17,12 +17,14 @@ SOLVERS = Registry(
         "kmeans": "vlmq.solvers.rtn:solve_kmeans",
         "gptq": "vlmq.solvers.gptq:solve",
         "cd": "vlmq.solvers.cd:solve",
-        "ternary": "vlmq.solvers.lowbit:solve_ternary",
-        "binary": "vlmq.solvers.lowbit:solve_binary",
+        "ternary": "vlmq.solvers.lowbit:solve",
+        "binary": "vlmq.solvers.lowbit:solve",
     },
 )
 REFINEMENTS = Registry("refinement", {"cd": "vlmq.solvers.cd:refine"})
 
+# Solvers that are meant for one family of formats: those whose names begin so.
+FAMILIES = {"ternary": "ternary", "binary": "binary"}
 DEFAULT_RECIPES = {"int8": "gptq", "int8-sym": "gptq"}
 
 
@@ -41,22 +43,53 @@ def steps(recipe: str) -> list[tuple[str, Callable[..., QuantizedWeight]]]:
     return [(first, SOLVERS[first]), *((name, REFINEMENTS[name]) for name in rest)]
 
 
-def split_options(recipe: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Give each step of a recipe the options that it takes; an option that two steps take goes to both.
+def check_format(recipe: str, format: Format, *, where: str = "") -> None:
+    """Check that the solver of a recipe is meant for a format.
+
+    Args:
+        recipe: names joined by "+".
+        format: the weight format.
+        where: what the recipe was given for, for the message (such as " (override 'vision')").
 
     Raises:
-        ValueError: an option that no step takes.
+        ValueError: it is not.
     """
-    shared = {"weight", "target", "hessian", "format", "group_size", "quantized", "generator"}
-    taken = []
-    for _, function in steps(recipe):
-        names = inspect.signature(function).parameters.keys() - shared
-        taken.append({name: value for name, value in options.items() if name in names})
-    unused = options.keys() - {name for step in taken for name in step}
-    if unused:
-        known = sorted({n for _, f in steps(recipe) for n in inspect.signature(f).parameters} - shared)
-        raise ValueError(f"solver {recipe!r} takes no {', '.join(sorted(unused))}; known: {' '.join(known)}")
-    return taken
+    solver = recipe.split("+")[0]
+    family = FAMILIES.get(solver)
+    if family is not None and not format.name.startswith(family):
+        raise ValueError(
+            f"solver {solver!r} solves {family} formats only, got format {format.name!r}{where}; leave the solver "
+            f"out (each format then has its default, here {default_solver(format)!r}), or take a {family} format"
+        )
+
+
+def split_options(recipe: str, options: Mapping[str, Any], *, where: str = "") -> list[dict[str, Any]]:
+    """Give each step of a recipe the options that it takes; an option that two steps take goes to both.
+
+    Args:
+        recipe: names joined by "+".
+        options: name -> value.
+        where: what the recipe was given for, for the message (such as " (override 'vision')").
+
+    Raises:
+        ValueError: an option that no step takes, or a number below 0.
+        TypeError: a value of another type than the option's.
+    """
+    declared = [_options_of(function) for _, function in steps(recipe)]
+    everything = {name: kind for step in declared for name, kind in step.items()}
+    checked = check_types(options, everything, f"solver {recipe!r}{where}")
+    for name, value in checked.items():
+        if min(value if isinstance(value, tuple) else (value,)) < 0:
+            raise ValueError(
+                f"solver {recipe!r}{where}: option {name} must not be below 0, got {options[name]}"
+            )
+    return [{name: value for name, value in checked.items() if name in step} for step in declared]
+
+
+def _options_of(function: Callable[..., QuantizedWeight]) -> dict[str, Any]:
+    """The keyword options of a solver or refinement and their types."""
+    shared = {"weight", "target", "hessian", "format", "group_size", "quantized", "generator", "return"}
+    return {name: kind for name, kind in get_type_hints(function).items() if name not in shared}
 
 
 def run_recipe(
@@ -68,7 +101,7 @@ def run_recipe(
     group_size: int | None,
     *,
     generator: torch.Generator,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> QuantizedWeight:
     """Run a solver and its refinements.
 
@@ -82,6 +115,7 @@ def run_recipe(
         generator: the only source of randomness.
         options: keyword options of the solver and the refinements.
     """
+    check_format(recipe, format)
     (_, solve), *refinements = steps(recipe)
     own, *others = split_options(recipe, options)
     quantized = solve(weight, target, hessian, format, group_size, generator=generator, **own)
