@@ -27,13 +27,9 @@ from vlmq.eval.perplexity import perplexity
 from vlmq.eval.size import disk_bytes, model_size
 from vlmq.eval.smollm2_data import calibration_tokens
 from vlmq.linear import QuantLinear
+from vlmq.options import parse_options
 
 BATCH_SIZE = 8
-
-
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Options of the solver from "name=value" with values in JSON."""
-    return {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in pairs)}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

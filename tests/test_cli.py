@@ -51,7 +51,11 @@ def packed(folder):
         str(folder / "rows.jsonl"),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vlmq", *command, "--scheme", "int4-g32", "--override", "vision=none"])
+        patch.setattr(
+            sys,
+            "argv",
+            ["vlmq", *command, "--scheme", "int4-g32", "--override", "vision=none", "--option", "n_sweeps=2"],
+        )
         with pytest.raises(SystemExit) as stopped:
             cli.main()
     assert not stopped.value.code
@@ -83,6 +87,7 @@ def test_quantize_packs_what_the_overrides_leave(run, packed, folder):
     assert all(row["solver"] and row["proxy_loss"] >= 0 for row in content["layers"])
     assert content["true_bits_per_weight"] == pytest.approx(4.75)
     assert content["metadata"]["seed"] == 0
+    assert content["metadata"]["options"] == {"n_sweeps": 2}
 
 
 def test_inspect_shows_tables(run, packed):
@@ -118,6 +123,16 @@ def test_eval_measures_text_and_questions_beside_the_original(run, packed):
         (
             ("quantize", "model", "out", "--calib", "rows.jsonl", "--solver", "binary", "--scheme", "int2"),
             "leave the solver out",
+        ),
+        (("quantize", "model", "out", "--dry-run", "--option", "damp"), "expected NAME=JSON"),
+        (("quantize", "model", "out", "--dry-run", "--option", "damp=x"), "'x' is no JSON"),
+        (
+            ("quantize", "model", "out", "--dry-run", "--option", "dam=1"),
+            "takes no dam; known: act_order damp",
+        ),
+        (
+            ("quantize", "model", "out", "--calib", "rows.jsonl", "--option", "damp=[1]"),
+            "option damp expects a finite number, got [1]",
         ),
         (("quantize", "model", ".", "--dry-run"), "it holds files but no model"),
         (("quantize", "model", "out", "--calib", "missing.jsonl"), "missing.jsonl"),

@@ -22,6 +22,7 @@ from vlmq.eval.size import disk_bytes, model_size
 from vlmq.eval.summary import layer_table, part_table, plan_table
 from vlmq.eval.vqa import load_rows
 from vlmq.opening import open_empty, open_model, open_processor
+from vlmq.options import parse_options
 from vlmq.planning import Plan, plan
 from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, quantize
 
@@ -56,6 +57,10 @@ def quantize_command(
         list[str] | None,
         typer.Option(metavar="PATTERN=SCHEME", help="A part or layer pattern; none keeps it. Repeatable."),
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", help="Of the solver, such as damp=0.05. Repeatable."),
+    ] = None,
     n_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Where a calibration row is cut.")] = 2048,
     seed: Seed = 0,
@@ -66,10 +71,11 @@ def quantize_command(
 ) -> None:
     """Quantize MODEL and save it packed into OUT."""
     overrides = parse_overrides(override or [])
+    options = parse_options(option or [])
     checkpoint.check_target(out)
     if dry_run:
         empty = open_empty(model, trust_remote_code=trust_remote_code)
-        _show_plan(plan(empty, scheme, solver=solver, overrides=overrides), json)
+        _show_plan(plan(empty, scheme, solver=solver, overrides=overrides, options=options), json)
         return
     if calib is None:
         sources = "a folder of images, a .jsonl file or a known set"
@@ -77,7 +83,7 @@ def quantize_command(
     with terminal.working("loading model and calibration data"):
         processor = open_processor(model, trust_remote_code=trust_remote_code)
         loaded = open_model(model, device=device, trust_remote_code=trust_remote_code)
-        steps = plan(loaded, scheme, solver=solver, overrides=overrides)
+        steps = plan(loaded, scheme, solver=solver, overrides=overrides, options=options)
         batches = load(calib, processor, n_samples=n_samples, max_tokens=max_tokens, seed=seed)
     for warning in steps.warnings():
         terminal.show_warning(warning)
@@ -89,6 +95,7 @@ def quantize_command(
         saliency=saliency,
         alpha=alpha,
         overrides=overrides,
+        options=options,
         device=device,
         seed=seed,
         progress=terminal.LiveProgress(scheme),

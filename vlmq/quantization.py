@@ -111,6 +111,7 @@ def quantize(
         {name: scheme.name for name, scheme in recipe.schemes.items()},
         {
             "solver": sorted({str(s.solver) for s in recipe.schemes.values()}),
+            "options": dict(options or {}),
             "saliency": saliency,
             "alpha": alpha,
             "seed": seed,
