@@ -40,6 +40,8 @@ def block_grad(block: Block, context: SaliencyContext) -> dict[str, list[Tensor]
     raw = ones(block)
     for attention in attention_modules(block.original):
         layers = [name for name in raw if attention_of(name, {attention: block.original})]
+        if not layers:
+            continue
         point: ResidualPoint | None = None
         for i, (call, original_call) in enumerate(zip(block.inputs, block.original_inputs, strict=True)):
             if call is original_call:

@@ -18,18 +18,22 @@ from vlmq.calib.block import Block, BlockCall, hidden_states
 from vlmq.calib.replay import StopForward
 from vlmq.calib.saliency_tokens import frozen, hooked
 from vlmq.calib.trees import first_tensor, map_leaves
+from vlmq.families.packed import is_plain_or_packed
 
 
 def attention_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """The outermost submodules that mix tokens: named or typed "attn" or "attention", with linear layers inside."""
+    """The outermost submodules that mix tokens: named or typed "attn" or "attention", with linear layers inside.
+
+    The layers may be packed already.
+    """
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
         words = f"{name.rpartition('.')[2]} {type(child).__name__}".lower()
         if not name or attention_of(name, found) or isinstance(child, nn.ModuleList | nn.Linear):
             continue
-        holds = [(key, type(m)) for key, m in child.named_modules()]
+        holds = [(key, m) for key, m in child.named_modules()]
         is_mixer = ("attn" in words or "attention" in words) and not any("mlp" in key for key, _ in holds)
-        if is_mixer and any(kind is nn.Linear for _, kind in holds):
+        if is_mixer and any(is_plain_or_packed(m) for _, m in holds):
             found[name] = child
     return found
 

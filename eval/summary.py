@@ -6,10 +6,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from vlmq.eval.report import Column, Table
+from vlmq.families.packed import scheme_name
 from vlmq.families.parts import part_of
 from vlmq.linear import QuantLinear, true_bits
 from vlmq.planning import Plan
-from vlmq.scheme import Scheme
 
 PART_COLUMNS = (
     Column("part", "Part"),
@@ -42,7 +42,7 @@ def part_table(model: PreTrainedModel) -> Table:
     """What is packed in a model, by part and scheme; proxy losses are means over the layers' weights."""
     groups: dict[tuple[str, str], list[QuantLinear]] = {}
     for name, layer in packed_layers(model).items():
-        groups.setdefault((part_of(model, name, layer), scheme_of(layer)), []).append(layer)
+        groups.setdefault((part_of(model, name, layer), scheme_name(layer)), []).append(layer)
     rows = []
     for (part, scheme), layers in sorted(groups.items()):
         n_weights = sum(n_weights_of(layer) for layer in layers)
@@ -66,18 +66,13 @@ def layer_table(model: PreTrainedModel) -> Table:
             figures = (report.proxy_loss, report.seconds, report.n_tokens, report.n_effective)
             measured = (report.solver, *figures, notes)
         shape = f"{layer.out_features} x {layer.in_features}"
-        rows.append((name, scheme_of(layer), shape, true_bits(layer) / n_weights_of(layer), *measured))
+        rows.append((name, scheme_name(layer), shape, true_bits(layer) / n_weights_of(layer), *measured))
     return Table("Layers", LAYER_COLUMNS, tuple(rows))
 
 
 def packed_layers(model: PreTrainedModel) -> dict[str, QuantLinear]:
     """The packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def scheme_of(layer: QuantLinear) -> str:
-    """Short name of a packed layer's scheme."""
-    return Scheme(layer.format, layer.group_size).name
 
 
 def n_weights_of(layer: QuantLinear) -> int:

@@ -11,8 +11,8 @@ from tiny_models import DUAL_ENCODERS, PLAIN_LANGUAGE, build, inputs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmq.attach import attach
 from vlmq.formats import QuantizedWeight, expand_groups, n_groups
-from vlmq.hf import attach
 from vlmq.linear import QuantLinear
 from vlmq.scheme import Scheme, parse_scheme
 

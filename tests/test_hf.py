@@ -11,7 +11,8 @@ from tiny_models import FAMILIES, build, inputs
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from vlmq.hf import VlmqConfig, VlmqQuantizer, attach, register
+from vlmq.attach import attach
+from vlmq.hf import VlmqConfig, VlmqQuantizer, register
 from vlmq.linear import QuantLinear
 
 

@@ -13,15 +13,13 @@ tensors under other names (LLaVA's `model.language_model.layers` is `language_mo
 and undoes that on load. This is the only file that touches transformers' quantizer classes.
 """
 
-import copy
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -199,94 +197,11 @@ class VlmqQuantizer(HfQuantizer):
         return model
 
 
-def attach(
-    model: PreTrainedModel, modules: Mapping[str, str], metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Tell transformers that the model is packed, so that it saves, pushes and reloads as any other.
-
-    Called once the layers are `QuantLinear`; called again after further layers were quantized, it adds
-    them. The model gets a config of its own: the one it was built from may build other models, which are
-    not quantized.
-
-    Args:
-        model: holds exactly the packed layers that `modules` (and an earlier call) lists.
-        modules: {layer name as in `model.named_modules()`: scheme name}.
-        metadata: JSON values to keep in config.json: hash of the calibration set, seed, solver, saliency.
-
-    Raises:
-        ValueError: the lists of layers differ, the model is quantized by another method, or a layer cannot be
-            packed: it holds the model's first parameter, or a weight that stays tied.
-        TypeError: metadata that JSON cannot hold.
-    """
-    earlier = getattr(model, "hf_quantizer", None)
-    if earlier is not None and not isinstance(earlier, VlmqQuantizer):
-        raise ValueError(
-            f"the model is already quantized by {type(earlier).__name__}; start from full precision"
-        )
-    merged = {n: s.name for n, s in earlier.quantization_config.schemes().items()} if earlier else {}
-    merged |= modules
-    by_scheme: dict[str, list[str]] = {}
-    for name, scheme in merged.items():
-        by_scheme.setdefault(parse_scheme(scheme, where=f"layer {name!r}").name, []).append(name)
-    config = VlmqConfig(by_scheme, json.loads(json.dumps(dict(metadata or {}))))
-    check_listed(model, config.schemes())
-    _check_first_parameter(model)
-    _own_config(model)
-    _untie(model, set(merged))
-    known: Any = model
-    known.config.quantization_config = config
-    known.config._is_quantized = True
-    known.hf_quantizer = VlmqQuantizer(config, pre_quantized=True)
-    known.is_quantized = True
-    known.quantization_method = QUANT_METHOD
-
-
 def _submodule(model: nn.Module, name: str) -> Any:
     try:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _check_first_parameter(model: PreTrainedModel) -> None:
-    """Refuse a packed layer in first place: transformers takes the first parameter's dtype as the model's."""
-    owners = {id(m.scales): name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    floats = [p for p in model.parameters() if p.is_floating_point()]
-    others = {p.dtype for p in floats if id(p) not in owners}
-    if id(floats[0]) in owners and others - {torch.float16}:
-        raise ValueError(
-            f"layer {owners[id(floats[0])]!r} holds the model's first parameter, whose dtype transformers "
-            "takes for the model's (it would find the scales' float16): keep this layer in full precision"
-        )
-
-
-def _own_config(model: PreTrainedModel) -> None:
-    """Give the model a copy of its config, shared by its submodules in the same way as the original was."""
-    memo: dict[int, Any] = {}
-    copy.deepcopy(model.config, memo)
-    for module in model.modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig) and id(value) in memo:
-                setattr(module, attribute, memo[id(value)])
-
-
-def _untie(model: PreTrainedModel, packed: set[str]) -> None:
-    """Take packed layers out of the tying of weights; the full-precision partner is then stored by itself."""
-    tied = dict(model.all_tied_weights_keys)
-    parted = {target for target in tied if target.rpartition(".")[0] in packed}
-    if not parted:
-        return
-    if len(parted) < len(tied):
-        kept = listing(sorted(tied.keys() - parted))
-        raise ValueError(
-            f"layers {listing(sorted(parted))} cannot be packed while {kept} stay tied to the same weight: "
-            "transformers has one switch for all of them; keep these layers in full precision"
-        )
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.all_tied_weights_keys = {}
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from vlmq import checkpoint
-from vlmq.hf import QUANT_METHOD
+from vlmq.hf import QUANT_METHOD, VlmqConfig, VlmqQuantizer
 
 
 def open_model(
@@ -31,12 +31,19 @@ def open_model(
 
 
 def open_empty(path_or_id: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device: names, shapes and dtype without weights, from the config alone."""
+    """The model on the meta device: names, shapes and dtype without weights, from the config alone.
+
+    Layers that the config lists as packed are packed here too.
+    """
     config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+    block = getattr(config, "quantization_config", None) or {}
     with torch.device("meta"):
-        return auto_class(config).from_config(
+        model = auto_class(config).from_config(
             config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
         )
+    if block.get("quant_method") == QUANT_METHOD:
+        VlmqQuantizer(VlmqConfig(**block), pre_quantized=True).preprocess_model(model)
+    return model
 
 
 def open_processor(path_or_id: str, *, trust_remote_code: bool = False) -> Any:

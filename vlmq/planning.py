@@ -1,11 +1,12 @@
 """The plan: which layer is quantized to what, checked before any work starts.
 
 Every linear layer inside the blocks of the language model, the text encoder and the vision tower is
-quantized to the scheme; everything else is kept, with the reason. Overrides change that: a pattern is a
-part ("vision", "projector", "language", "text"), or a shell pattern over full layer names; the last pattern
-that matches a layer decides, and None keeps the layer in full precision.
+quantized to the scheme; everything else is kept, with the reason, layers that are packed already among it.
+Overrides change that: a pattern is a part ("vision", "projector", "language", "text"), or a shell pattern over
+full layer names; the last pattern that matches a layer decides, and None keeps the layer in full precision.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,7 +15,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmq.attach import earlier_quantizer
 from vlmq.families import Layout, describe
+from vlmq.families.layout import ALREADY_QUANTIZED
+from vlmq.families.packed import is_packed
 from vlmq.families.parts import PARTS
 from vlmq.formats import n_groups
 from vlmq.kernels.packing import row_bytes
@@ -30,7 +34,8 @@ class Plan:
     """What `quantize` will do.
 
     `schemes`: the scheme of every layer that is quantized, by full name. `kept`: why each other linear
-    layer stays. `bits`: stored bits of every quantized layer, `n_weights` its weights.
+    layer stays. `bits`: stored bits of every quantized layer, `n_weights` its weights. `n_bytes_before` and
+    `n_bytes_after`: size of all weights now and then, layers that are packed already and what is kept included.
     """
 
     layout: Layout
@@ -39,6 +44,7 @@ class Plan:
     bits: dict[str, int]
     n_weights: dict[str, int]
     n_bytes_before: int
+    n_bytes_after: int
 
     @property
     def coverage(self) -> float:
@@ -49,15 +55,6 @@ class Plan:
     def true_bits_per_weight(self) -> float:
         """All stored bits (codes, padding, scales, zero points) per quantized weight."""
         return sum(self.bits.values()) / max(1, sum(self.n_weights.values()))
-
-    @property
-    def n_bytes_after(self) -> int:
-        """Expected size of the weights: the packed layers and everything that is kept."""
-        return round(self.n_bytes_before + sum(self.bits.values()) / 8 - self._dense_bytes())
-
-    def _dense_bytes(self) -> float:
-        share = self.n_bytes_before / self.layout.n_parameters
-        return share * sum(self.n_weights.values())
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each part and scheme: part, scheme, n_layers, n_weights, true_bits_per_weight."""
@@ -99,16 +96,17 @@ class Plan:
             f"{row['true_bits_per_weight']:.3f} true bits"
             for row in self.rows()
         ]
-        reasons: dict[str, int] = {}
-        for reason in self.kept.values():
-            reasons[reason] = reasons.get(reason, 0) + 1
-        lines += [f"kept: {count} layers ({reason})" for reason, count in sorted(reasons.items())]
+        lines += _count_reasons(self.kept)
         lines += [f"warning: {text}" for text in self.warnings()]
         lines.append(
             f"covers {self.coverage:.1%} of all parameters at {self.true_bits_per_weight:.3f} true bits per weight; "
             f"{self.n_bytes_before / 1e6:.1f} MB -> {self.n_bytes_after / 1e6:.1f} MB"
         )
         return "\n".join(lines)
+
+
+def _count_reasons(kept: Mapping[str, str]) -> list[str]:
+    return [f"kept: {count} layers ({reason})" for reason, count in sorted(Counter(kept.values()).items())]
 
 
 def stored_bits(out_features: int, in_features: int, scheme: Scheme) -> int:
@@ -141,6 +139,7 @@ def plan(
             quantize.
         TypeError: the model or a scheme has the wrong type.
     """
+    earlier_quantizer(model)
     layout = describe(model)
     default = _with_solver(parse_scheme(scheme), solver, options, "scheme")
     chosen: dict[str, Scheme | None] = {
@@ -157,12 +156,13 @@ def plan(
         for name in matched:
             _check_possible(name, layout, given, where)
             chosen[name], sources[name] = given, f"override {pattern!r}"
-            kept[name] = f"override {pattern!r}"
+            if not is_packed(model.get_submodule(name)):
+                kept[name] = f"override {pattern!r}"
     schemes = {name: given for name, given in chosen.items() if given is not None}
     if not schemes:
-        raise ValueError("nothing is left to quantize: the overrides keep every linear layer")
+        raise ValueError(f"nothing is left to quantize; {'; '.join(_count_reasons(kept))}")
     kept = {name: reason for name, reason in kept.items() if name not in schemes}
-    bits, n_weights = {}, {}
+    bits, n_weights, n_bytes_dense = {}, {}, 0
     for name, given in schemes.items():
         where = f" ({sources[name]} gives {given.name!r} to layer {name!r})"
         check_format(str(given.solver), given.format, where=where)
@@ -170,8 +170,9 @@ def plan(
         assert isinstance(layer, nn.Linear)
         bits[name] = stored_bits(layer.out_features, layer.in_features, given)
         n_weights[name] = layer.weight.numel()
+        n_bytes_dense += layer.weight.numel() * layer.weight.element_size()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Plan(layout, schemes, kept, bits, n_weights, size)
+    return Plan(layout, schemes, kept, bits, n_weights, size, size - n_bytes_dense + sum(bits.values()) // 8)
 
 
 def _with_solver(
@@ -207,6 +208,11 @@ def _check_possible(name: str, layout: Layout, scheme: Scheme | None, where: str
     info = layout.linears[name]
     if scheme is None:
         return
+    if (info.kept or "").startswith(ALREADY_QUANTIZED):
+        raise ValueError(
+            f"{where}: layer {name!r} is {info.kept} and is not quantized again; start from the original model, or "
+            "leave such layers to the scheme, which keeps them as they are"
+        )
     if info.block is None or (info.kept or "").startswith(FIXED_REASONS):
         reason = info.kept or "outside the blocks"
         raise ValueError(f"{where}: layer {name!r} cannot be quantized ({reason}); give it None")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmq.attach import attach
 from vlmq.calib.batches import as_batches
 from vlmq.calib.block import Block
 from vlmq.calib.drift import OutputShift, find_sum_point
@@ -34,7 +35,6 @@ from vlmq.calib.statistics import Statistics, collect_statistics
 from vlmq.calib.tokens import CalibBatch
 from vlmq.calib.walk import calls_in_order, walk_blocks
 from vlmq.formats import QuantizedWeight
-from vlmq.hf import attach
 from vlmq.linalg import DAMP, damp_and_factor, proxy_loss, shift_target
 from vlmq.linear import QuantLinear
 from vlmq.planning import Plan, plan

@@ -3,7 +3,8 @@
 A finder for all families, without code per family: the outermost lists of modules that hold linear layers are
 the stacks of blocks; names on the path sort them into vision, projector, language and text; what lies outside
 the stacks is named together with the reason why it stays as it is. Coverage is counted in parameters of the
-whole model, so that experts stored as three-dimensional parameters, which no linear layer covers, are seen.
+whole model, so that experts stored as three-dimensional parameters, which no linear layer covers, are seen. Layers
+that are packed already are found and counted as before, and kept.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmq.families.packed import count_parameters, is_packed, is_plain_or_packed, scheme_name
 from vlmq.families.parts import AUDIO, is_projector_name, part_of
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+ALREADY_QUANTIZED = "already quantized"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Layout:
         linears: every linear layer by its path.
         towers: outermost modules whose blocks all belong to one part; its blocks lie under its path.
         experts: three-dimensional expert parameters.
-        n_parameters: all parameters of the model, tied ones counted once.
+        n_parameters: all parameters of the model, tied ones counted once, packed layers with their weights.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -99,22 +102,22 @@ def describe(model: PreTrainedModel) -> Layout:
         linears={info.name: info for info in _find_linears(model, blocks)},
         towers=tuple(_find_towers(blocks)),
         experts=tuple(_find_experts(model)),
-        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        n_parameters=count_parameters(model),
     )
 
 
 def _has_linears(module: nn.Module) -> bool:
-    return any(type(m) is nn.Linear for m in module.modules())
+    return any(is_plain_or_packed(m) for m in module.modules())
 
 
 def _is_stack(module: nn.Module) -> bool:
     """A list of blocks: a ModuleList, or a Sequential of equal blocks, whose items hold linear layers."""
     items = list(module.children())
-    if not any(type(item) is not nn.Linear and _has_linears(item) for item in items):
+    if not any(not is_plain_or_packed(item) and _has_linears(item) for item in items):
         return False
     if isinstance(module, nn.ModuleList):
         return True
-    n_linears = [sum(type(m) is nn.Linear for m in item.modules()) for item in items]
+    n_linears = [sum(is_plain_or_packed(m) for m in item.modules()) for item in items]
     return (
         isinstance(module, nn.Sequential)
         and len(items) > 1
@@ -129,7 +132,7 @@ def _find_blocks(model: PreTrainedModel) -> Iterator[BlockSpec]:
     def search(name: str, module: nn.Module) -> Iterator[BlockSpec]:
         for key, child in module.named_children():
             path = f"{name}.{key}" if name else key
-            if not _has_linears(child) or type(child) is nn.Linear:
+            if not _has_linears(child) or is_plain_or_packed(child):
                 continue
             in_stack = _is_stack(module) and not isinstance(child, nn.ModuleList)
             is_bridge = is_projector_name(path) and not any(_is_stack(m) for m in child.modules())
@@ -164,11 +167,18 @@ def _find_towers(blocks: tuple[BlockSpec, ...]) -> Iterator[BlockSpec]:
 def _find_linears(model: PreTrainedModel, blocks: tuple[BlockSpec, ...]) -> Iterator[LinearInfo]:
     part_of_block = {block.name: block.part for block in blocks}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and not is_packed(module):
             continue
         block = next((b for b in _prefixes(name) if b in part_of_block), None)
         part = part_of_block[block] if block is not None else part_of(model, name, module)
-        yield LinearInfo(name, part, block, _kept(model, name, module, part, block), module.weight.numel())
+        if is_packed(module):
+            kept, n_weights = (
+                f"{ALREADY_QUANTIZED} to {scheme_name(module)}",
+                module.in_features * module.out_features,
+            )
+        else:
+            kept, n_weights = _kept(model, name, module, part, block), module.weight.numel()
+        yield LinearInfo(name, part, block, kept, n_weights)
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -212,7 +222,7 @@ def _is_router(name: str, module: nn.Linear, parent: nn.Module) -> bool:
 
 def _find_experts(model: PreTrainedModel) -> Iterator[ExpertInfo]:
     for name, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS):
+        if isinstance(module, _CONVOLUTIONS) or is_packed(module):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             path = f"{name}.{key}" if name else key
