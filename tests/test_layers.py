@@ -16,7 +16,7 @@ LAYERS = (
     "linear | calib | solvers",
     "quantization , planning , checkpoint , staging , integrity , hf , attach , opening , progress",
     "eval",
-    "terminal , cli",
+    "terminal , cli , cli_bench",
 )
 RANK = {
     room: i for i, layer in enumerate(LAYERS) for room in layer.replace("|", ",").replace(",", " ").split()

@@ -1,4 +1,4 @@
-"""The command line: `vlmq quantize | eval | inspect | demo`.
+"""The command line: `vlmq quantize | eval | inspect | bench | demo`.
 
 Nothing is decided here: each command opens what it is given, calls one function, and prints a table or, with
 --json, a JSON object on stdout. Whatever the user can put right ends with one line on stderr and exit code 2.
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from vlmq import checkpoint, terminal
 from vlmq.calib.data import load
 from vlmq.calib.saliency import SALIENCIES
+from vlmq.cli_bench import bench_command
 from vlmq.eval.demo import run_demo
 from vlmq.eval.evaluation import evaluate
 from vlmq.eval.perplexity import token_windows
@@ -150,6 +151,9 @@ def inspect_command(
         loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
     tables = {"parts": part_table(loaded)} | ({"layers": layer_table(loaded)} if layers else {})
     _show_model(loaded, Path(model), json, tables=tables)
+
+
+app.command("bench")(bench_command)
 
 
 @app.command("demo")

@@ -88,6 +88,11 @@ class _Lines(logging.Handler):
         err.print(record.getMessage(), soft_wrap=True, highlight=False, markup=False)
 
 
+def show_step(message: str) -> None:
+    """What is being done, one line on stderr."""
+    err.print(message, soft_wrap=True, highlight=False, markup=False)
+
+
 def show_error(message: str) -> None:
     """One line on stderr."""
     err.print(f"[bold red]error:[/] {_escape(' '.join(message.split()))}", soft_wrap=True, highlight=False)

@@ -1,0 +1,231 @@
+"""Whole models: how fast they generate, what they need, and how good they are, each in a process of its own.
+
+    python -m vlmq.eval.bench_models '{"model": "my-folder", "n_new": 64}'
+
+measures one model and prints one line of JSON; `bench_models` starts such a process for every model, one after the
+other, so that no model profits from what another has loaded, and peak memory is that of one model. The first model is
+the baseline of the ratios.
+
+A model is a folder or a hub name, packed or not, or `preset:NAME` (see `vlmq.eval.presets`), or
+`preset:NAME@SCHEME` with its layers packed with random codes, which measures speed and memory only.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from vlmq.eval.easy_vqa_data import load_shapes
+from vlmq.eval.generation import held_bytes, measure_speed, peak_bytes
+from vlmq.eval.perplexity import perplexity, token_windows
+from vlmq.eval.presets import PRESETS, build_preset
+from vlmq.eval.report import Column, Table
+from vlmq.eval.size import disk_bytes, model_size
+from vlmq.eval.vqa import answer_accuracy, encode_questions, load_rows
+from vlmq.opening import open_model, open_processor
+
+PRESET = "preset:"
+SHAPES = "shapes"
+
+COLUMNS = (
+    Column("model", "Model"),
+    Column("tokens_per_second", "Tokens/s", ".1f"),
+    Column("range", "Range"),
+    Column("speedup", "Ratio", ".2f"),
+    Column("first_token", "First token s", ".3f"),
+    Column("weight_megabytes", "Weights MB", ".1f"),
+    Column("peak_megabytes", "Peak MB", ".0f"),
+    Column("megabytes", "Disk MB", ".1f"),
+    Column("bits_per_weight", "True bits", ".2f"),
+    Column("perplexity", "PPL", ".2f"),
+    Column("accuracy", "Right", ".1%"),
+    Column("answer_nll", "NLL", ".4f"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to measure.
+
+    Attributes:
+        model: folder, hub name, or preset.
+        device: such as "cuda"; None is the CPU.
+        threads: threads of torch on the CPU; None leaves torch's choice.
+        n_prompt: tokens of the random prompt; a model with a processor for images is asked about one image instead.
+        n_new: tokens generated per run.
+        n_runs: counted runs.
+        text: a text file or a .pt of token ids (n_rows, length), for perplexity.
+        n_windows: windows of the text file.
+        vqa: questions for accuracy, see `vlmq.eval.vqa.load_rows`; "shapes" for the test rows that ship with vlmq.
+        n_questions: the first questions only; None takes all.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model: str
+    device: str | None = None
+    threads: int | None = None
+    n_prompt: int = 64
+    n_new: int = 64
+    n_runs: int = 5
+    text: str | None = None
+    n_windows: int | None = None
+    vqa: str | None = None
+    n_questions: int | None = None
+    trust_remote_code: bool = False
+
+
+def check_job(job: Job) -> None:
+    """Find what is wrong with a job before any time is spent.
+
+    Raises:
+        ValueError: an unknown preset, counts below their minimum, a missing file.
+    """
+    name, _ = _preset_of(job.model)
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; known: {' '.join(PRESETS)}")
+    if name is None and not Path(job.model).is_dir() and job.model.startswith((".", "/", "~")):
+        raise ValueError(f"model {job.model!r}: there is no such folder")
+    for path in filter(None, (job.text, job.vqa)):
+        if path != SHAPES and not Path(path).is_file():
+            raise ValueError(f"there is no file {path!r}")
+    if job.n_new < 2 or job.n_runs < 1 or job.n_prompt < 1:
+        raise ValueError(
+            f"expected at least 2 new tokens, 1 run and 1 token of prompt, got {job.n_new}, {job.n_runs} and "
+            f"{job.n_prompt}"
+        )
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Load a model in this process and measure it; returns values for `COLUMNS` and the settings."""
+    check_job(job)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    device = torch.device(job.device or "cpu")
+    before = held_bytes(device)
+    model, processor = _open(job)
+    inputs = prompt(model, processor, job.n_prompt)
+    speed = measure_speed(model, inputs, n_new=job.n_new, n_runs=job.n_runs)
+    peak = peak_bytes(device) - before
+    size = model_size(model)
+    record: dict[str, Any] = {
+        "model": job.model,
+        **asdict(speed),
+        "range": f"{speed.slowest:.0f}-{speed.fastest:.0f}",
+        "weight_megabytes": size.total_bits / 8e6,
+        "peak_megabytes": peak / 1e6,
+        "megabytes": disk_bytes(Path(job.model)) / 1e6 if Path(job.model).is_dir() else None,
+        "bits_per_weight": size.bits_per_weight if size.n_quantized_layers else 8.0 * model.dtype.itemsize,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if job.text is not None:
+        record["perplexity"] = perplexity(model, _token_ids(job, processor))
+    if job.vqa is not None:
+        rows = load_shapes("test") if job.vqa == SHAPES else load_rows(job.vqa)
+        result = answer_accuracy(model, processor, rows[: job.n_questions])
+        record |= {"accuracy": result.accuracy, "answer_nll": result.answer_nll}
+    return record
+
+
+def prompt(model: PreTrainedModel, processor: Any, n_prompt: int) -> dict[str, Any]:
+    """Inputs of one prompt on the model's device: a question about an image, or random tokens.
+
+    Args:
+        model: the model.
+        processor: its own; None, or one without images, gives random tokens.
+        n_prompt: number of random tokens.
+    """
+    if getattr(processor, "image_processor", None) is not None:
+        row = {"image": Image.linear_gradient("L").convert("RGB"), "question": "what is in the image?"}
+        inputs = encode_questions([row], processor)
+        moved = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return {
+            k: v.to(model.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in moved.items()
+        }
+    vocab_size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (1, n_prompt), generator=generator).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def bench_models(
+    jobs: Sequence[Job], *, report: Callable[[str], None] = lambda _: None
+) -> tuple[Table, list[dict[str, Any]]]:
+    """Measure models one after the other, each in a fresh process.
+
+    Args:
+        jobs: what to measure; the first is the baseline.
+        report: told a line before each model.
+
+    Returns:
+        the table, and the records with all settings.
+
+    Raises:
+        ValueError: a job is wrong, before the first is started.
+        RuntimeError: a process failed; the message holds its last line.
+    """
+    for job in jobs:
+        check_job(job)
+    records: list[dict[str, Any]] = []
+    for number, job in enumerate(jobs, start=1):
+        report(f"{number}/{len(jobs)} {job.model}")
+        records.append(_in_own_process(job))
+        records[-1]["speedup"] = records[-1]["tokens_per_second"] / records[0]["tokens_per_second"]
+    columns = tuple(c for c in COLUMNS if any(r.get(c.key) is not None for r in records))
+    return Table("Generation", columns, tuple(tuple(r.get(c.key) for c in columns) for r in records)), records
+
+
+def _in_own_process(job: Job) -> dict[str, Any]:
+    command = [sys.executable, "-m", "vlmq.eval.bench_models", json.dumps(asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RuntimeError(f"{job.model}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _preset_of(model: str) -> tuple[str | None, str | None]:
+    """Name and scheme of a preset; (None, None) for other models."""
+    if not model.startswith(PRESET):
+        return None, None
+    name, _, scheme = model.removeprefix(PRESET).partition("@")
+    return name, scheme or None
+
+
+def _open(job: Job) -> tuple[PreTrainedModel, Any]:
+    name, scheme = _preset_of(job.model)
+    if name is not None:
+        return build_preset(name, scheme, device=job.device or "cpu"), None
+    model = open_model(job.model, device=job.device, trust_remote_code=job.trust_remote_code)
+    try:
+        return model, open_processor(job.model, trust_remote_code=job.trust_remote_code)
+    except (OSError, ValueError):
+        if job.text is not None and not job.text.endswith(".pt") or job.vqa is not None:
+            raise
+        return model, None
+
+
+def _token_ids(job: Job, processor: Any) -> torch.Tensor:
+    assert job.text is not None
+    if job.text.endswith(".pt"):
+        return torch.load(job.text, weights_only=True)[: job.n_windows]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return token_windows(Path(job.text).read_text(), tokenizer, n_windows=job.n_windows)
+
+
+def main() -> None:
+    """Measure the model that the JSON in the first argument describes."""
+    print(json.dumps(measure(replace(Job(""), **json.loads(sys.argv[1])))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""How fast a model generates: time to the first token, tokens per second after it, peak memory.
+
+A run is one greedy `generate` of a fixed number of new tokens through transformers, batch size one; the clock is read
+as each token is handed out. Decode speed is that of the tokens after the first, the median over runs of
+
+    (n_new - 1) / (time of the last token - time of the first)
+
+so the prompt is in the time to the first token alone. The first run warms up and is not counted.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured.
+
+    Attributes:
+        first_token: seconds to the first new token, median over the runs.
+        tokens_per_second: decode speed, median over the runs.
+        slowest: decode speed of the slowest run.
+        fastest: decode speed of the fastest run.
+        n_prompt: tokens of the prompt, images included.
+        n_new: tokens generated per run.
+    """
+
+    first_token: float
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    n_prompt: int
+    n_new: int
+
+
+class _Clock(BaseStreamer):
+    """Notes when each new token is handed out; handing it out waits for the device."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._has_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        if self._has_prompt:
+            self.times.append(time.perf_counter())
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def measure_speed(
+    model: PreTrainedModel, inputs: dict[str, Any], *, n_new: int = 64, n_runs: int = 5
+) -> Speed:
+    """Generate greedily and measure.
+
+    Args:
+        model: a model that generates, on its device.
+        inputs: one prompt, as for `model.generate`; (1, n_prompt) input_ids.
+        n_new: new tokens per run, at least 2.
+        n_runs: counted runs.
+
+    Raises:
+        ValueError: fewer than two new tokens, no run, or a batch of more than one prompt.
+    """
+    ids = inputs["input_ids"]
+    if n_new < 2 or n_runs < 1 or ids.shape[0] != 1:
+        raise ValueError(
+            f"expected one prompt, n_new >= 2 and n_runs >= 1, got {ids.shape[0]} prompts, {n_new} and {n_runs}"
+        )
+    runs = [_one_run(model, inputs, n_new) for _ in range(n_runs + 1)][1:]
+    speeds = [(n_new - 1) / decode for _, decode in runs]
+    return Speed(
+        first_token=statistics.median(first for first, _ in runs),
+        tokens_per_second=statistics.median(speeds),
+        slowest=min(speeds),
+        fastest=max(speeds),
+        n_prompt=int(ids.shape[1]),
+        n_new=n_new,
+    )
+
+
+def _one_run(model: PreTrainedModel, inputs: dict[str, Any], n_new: int) -> tuple[float, float]:
+    """Seconds to the first token, and from the first to the last."""
+    clock = _Clock()
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(  # pyright: ignore[reportCallIssue]
+            **inputs,
+            streamer=clock,
+            do_sample=False,
+            max_new_tokens=n_new,
+            min_new_tokens=n_new,
+            pad_token_id=0,
+        )
+    if len(clock.times) != n_new:
+        raise RuntimeError(f"generate handed out {len(clock.times)} tokens, expected {n_new}")
+    return clock.times[0] - started, clock.times[-1] - clock.times[0]
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the process for the CPU, of torch's allocator for a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says starts with the peak of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory that is held now, counted as in `peak_bytes`."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
