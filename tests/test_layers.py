@@ -14,7 +14,7 @@ LAYERS = (
     "scheme",
     "kernels , families , linalg",
     "linear | calib | solvers",
-    "quantization , planning , checkpoint , staging , integrity , hf , attach , opening , progress",
+    "quantization , planning , checkpoint , staging , integrity , hf , attach , embedding , opening , progress",
     "eval",
     "terminal , cli , cli_bench",
 )

@@ -32,7 +32,11 @@ def earlier_quantizer(model: PreTrainedModel) -> VlmqQuantizer | None:
 
 
 def attach(
-    model: PreTrainedModel, modules: Mapping[str, str], metadata: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    modules: Mapping[str, str],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    embeddings: Mapping[str, str] | None = None,
 ) -> None:
     """Tell transformers that the model is packed, so that it saves, pushes and reloads as any other.
 
@@ -44,6 +48,7 @@ def attach(
         model: holds exactly the packed layers that `modules` (and an earlier call) lists.
         modules: {layer name as in `model.named_modules()`: scheme name}.
         metadata: JSON values to keep in config.json: hash of the calibration set, seed, solver, saliency.
+        embeddings: {name of a packed token embedding: name of the packed layer whose rows it looks up}.
 
     Raises:
         ValueError: the lists of layers differ, the model is quantized by another method, or a layer cannot be
@@ -59,7 +64,8 @@ def attach(
     by_scheme: dict[str, list[str]] = {}
     for name, scheme in merged.items():
         by_scheme.setdefault(parse_scheme(scheme, where=f"layer {name!r}").name, []).append(name)
-    config = VlmqConfig(by_scheme, json.loads(json.dumps(metadata)))
+    looked_up = (dict(earlier.quantization_config.embeddings) if earlier else {}) | dict(embeddings or {})
+    config = VlmqConfig(by_scheme, json.loads(json.dumps(metadata)), embeddings=looked_up)
     check_listed(model, config.schemes())
     _check_first_parameter(model)
     _own_config(model)

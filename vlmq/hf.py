@@ -25,6 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from vlmq.embedding import TABLE, dequantize_embeddings, place_empty
 from vlmq.integrity import (
     check_layer_tensor,
     check_listed,
@@ -47,7 +48,8 @@ class VlmqConfig(QuantizationConfigMixin):
     """The block `quantization_config` of config.json.
 
     `modules` maps a scheme's name to the names of the layers quantized with it, exactly as
-    `model.named_modules()` gives them in memory (not as tensors are named on disk). `metadata` is what is
+    `model.named_modules()` gives them in memory (not as tensors are named on disk). `embeddings` maps the name of each
+    packed token embedding to the packed layer whose rows it looks up (`vlmq.embedding`). `metadata` is what is
     worth knowing later: hash of the calibration set, seed, solver, saliency. What was measured per layer is
     in `vlmq_report.json`, see `vlmq.save`.
     """
@@ -59,6 +61,7 @@ class VlmqConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         vlmq_version: str | None = None,
         checksums: Mapping[str, Any] | None = None,
+        embeddings: Mapping[str, str] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -86,6 +89,7 @@ class VlmqConfig(QuantizationConfigMixin):
         self.modules = {scheme: list(names) for scheme, names in modules.items()}
         self.metadata = dict(metadata or {})
         self.checksums = checksums
+        self.embeddings = dict(embeddings or {})
         self.schemes()
 
     def schemes(self) -> dict[str, Scheme]:
@@ -129,7 +133,9 @@ class VlmqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         schemes = self.quantization_config.schemes()
-        linears = {name: _submodule(model, name) for name in schemes}
+        embeddings = self.quantization_config.embeddings
+        tables = {f"{name}.{TABLE}" for name in embeddings}
+        linears = {name: _submodule(model, name) for name in schemes if name not in tables}
         wrong = sorted(name for name, module in linears.items() if not isinstance(module, nn.Linear))
         if wrong:
             saved = ", ".join(model.config.architectures or ["unknown"])
@@ -139,8 +145,8 @@ class VlmqQuantizer(HfQuantizer):
             )
         if checkpoint_files:
             read_headers(checkpoint_files, [s.format.has_zero for s in schemes.values()])
-        for name, scheme in schemes.items():
-            linear = linears[name]
+        for name, linear in linears.items():
+            scheme = schemes[name]
             layer = QuantLinear(
                 linear.in_features,
                 linear.out_features,
@@ -151,6 +157,7 @@ class VlmqQuantizer(HfQuantizer):
                 device=torch.device("meta"),
             )
             model.set_submodule(name, layer)
+        place_empty(model, embeddings, schemes)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -188,8 +195,11 @@ class VlmqQuantizer(HfQuantizer):
         return dtype
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dequantize_embeddings(model, self.quantization_config.embeddings, dtype)
         for name in self.quantization_config.schemes():
-            layer: Any = model.get_submodule(name)
+            layer: Any = _submodule(model, name)
+            if layer is None:  # the table of an embedding
+                continue
             weight = layer.dequantize(dtype or model.dtype)
             linear = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None, device="meta")
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
