@@ -12,8 +12,9 @@ Use: `context = prepare(name, model, layout, batches)` once on the full-precisio
 `SALIENCIES[name](block, context)` for each block. A saliency of one's own is any function of that signature.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from vlmq.calib.block import Block
 from vlmq.calib.tokens import ANSWER, IMAGE, PADDING, TEXT, CalibBatch
 from vlmq.families import Layout
+from vlmq.options import check_types
 from vlmq.registry import Registry
 
 SALIENCIES = Registry(
@@ -36,6 +38,8 @@ SALIENCIES = Registry(
         "loss_grad": "vlmq.calib.saliency_gradient:loss_grad",
     },
 )
+NEED_LOSS = ("loss_grad", "modality")
+LABELS = ("data", "model")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,15 @@ class PostProcess:
     power: float = 1.0
     temperature: float = 1.0
     average_kinds: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        clip = 1.0 if self.clip is None else self.clip
+        _check_ranges(clip, self.floor, self.power, self.temperature, "post-processing of the saliency")
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,32 @@ class SaliencyContext:
 
 
 Saliency = Callable[[Block, SaliencyContext], dict[str, list[Tensor]]]
+
+
+def read_options(name: str, options: Mapping[str, Any] | None) -> tuple[str, PostProcess]:
+    """Check the options of a saliency: those of the post-processing, and `labels` where it differentiates the loss.
+
+    `uniform` has none: whatever they are, its weights stay equal.
+
+    Args:
+        name: an entry of SALIENCIES.
+        options: name -> value, such as {"temperature": 0.5, "labels": "model"}; None is none.
+
+    Returns:
+        `labels` and `post`, as `prepare` takes them.
+
+    Raises:
+        ValueError: an unknown name, an option that the saliency does not take or that is out of its range.
+        TypeError: an option of the wrong type.
+    """
+    _check_name(name)
+    declared: dict[str, Any] = {} if name == "uniform" else get_type_hints(PostProcess)
+    if name in NEED_LOSS:
+        declared["labels"] = str
+    given = check_types(options or {}, declared, f"saliency {name!r}")
+    labels = given.pop("labels", LABELS[0])
+    _check_labels(name, labels)
+    return labels, PostProcess(**given)
 
 
 def prepare(
@@ -97,12 +136,10 @@ def prepare(
         ValueError: unknown name, unknown `labels`.
         RuntimeError: the gradient of a layer is not finite.
     """
-    if name not in SALIENCIES:
-        raise ValueError(f"saliency {name!r} is unknown; known: {' '.join(SALIENCIES)}")
-    if labels not in ("data", "model"):
-        raise ValueError(f"labels of saliency {name!r} must be 'data' or 'model', got {labels!r}")
+    _check_name(name)
+    _check_labels(name, labels)
     post = post or PostProcess()
-    if name not in ("loss_grad", "modality"):
+    if name not in NEED_LOSS:
         return SaliencyContext(post=post)
     from vlmq.calib.loss_gradient import image_ratios, loss_weights
 
@@ -151,11 +188,7 @@ def postprocess(
         raise ValueError(
             f"{where}: scores {tuple(raw.shape)} and kinds {tuple(kinds.shape)} must have one shape"
         )
-    if not (0 < clip <= 1 and 0 <= floor < 1 and power > 0 and 0 <= temperature <= 1):
-        raise ValueError(
-            f"{where}: expected 0 < clip <= 1, 0 <= floor < 1, power > 0 and 0 <= temperature <= 1, "
-            f"got clip {clip}, floor {floor}, power {power}, temperature {temperature}"
-        )
+    _check_ranges(clip, floor, power, temperature, where)
     if raw.numel() == 0:
         return raw.float()
     kinds = torch.atleast_2d(kinds).to(raw.device)
@@ -181,6 +214,24 @@ def postprocess(
     scores = scores * n_valid / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     scores = torch.where(valid, (1 - temperature) + temperature * scores, 0.0)
     return scores.reshape(raw.shape).float()
+
+
+def _check_name(name: str) -> None:
+    if name not in SALIENCIES:
+        raise ValueError(f"saliency {name!r} is unknown; known: {' '.join(SALIENCIES)}")
+
+
+def _check_labels(name: str, labels: str) -> None:
+    if labels not in LABELS:
+        raise ValueError(f"labels of saliency {name!r} must be 'data' or 'model', got {labels!r}")
+
+
+def _check_ranges(clip: float, floor: float, power: float, temperature: float, where: str) -> None:
+    if not (0 < clip <= 1 and 0 <= floor < 1 and power > 0 and 0 <= temperature <= 1):
+        raise ValueError(
+            f"{where}: expected 0 < clip <= 1, 0 <= floor < 1, power > 0 and 0 <= temperature <= 1, "
+            f"got clip {clip}, floor {floor}, power {power}, temperature {temperature}"
+        )
 
 
 def _scaled(scores: Tensor) -> Tensor:

@@ -90,6 +90,25 @@ def test_quantize_packs_what_the_overrides_leave(run, packed, folder):
     assert content["metadata"]["options"] == {"n_sweeps": 2}
 
 
+def test_options_of_solver_and_saliency_are_recorded(run):
+    settings = (
+        "--scheme",
+        "int2-g32",
+        "--override",
+        "vision=none",
+        "--solver",
+        "kmeans",
+        "--option",
+        "n_steps=3",
+    )
+    weights = ("--saliency", "act_norm", "--saliency-option", "clip=null", "--saliency-option", "power=0.5")
+    code, out, err = run("quantize", "model", "made", "--calib", "rows.jsonl", *settings, *weights, "--json")
+    assert code == 0, err
+    metadata = json.loads(out)["metadata"]
+    assert metadata["options"] == {"n_steps": 3}
+    assert metadata["saliency_options"] == {"clip": None, "power": 0.5}
+
+
 def test_inspect_shows_tables(run, packed):
     code, out, _ = run("inspect", packed, "--layers")
     assert code == 0
@@ -133,6 +152,32 @@ def test_eval_measures_text_and_questions_beside_the_original(run, packed):
         (
             ("quantize", "model", "out", "--calib", "rows.jsonl", "--option", "damp=[1]"),
             "option damp expects a finite number, got [1]",
+        ),
+        (("quantize", "model", "out", "--dry-run", "--alpha", "2"), "alpha must be between 0 and 1, got 2.0"),
+        (
+            ("quantize", "model", "out", "--dry-run", "--saliency", "attention"),
+            "saliency 'attention' is unknown",
+        ),
+        (
+            ("quantize", "model", "out", "--dry-run", "--saliency-option", "floor=0.1"),
+            "saliency 'uniform' takes no floor; it has no options",
+        ),
+        (
+            (
+                "quantize",
+                "model",
+                "out",
+                "--dry-run",
+                "--saliency",
+                "act_norm",
+                "--saliency-option",
+                "floor=1",
+            ),
+            "expected 0 < clip <= 1, 0 <= floor < 1",
+        ),
+        (
+            ("quantize", "model", "out", "--dry-run", "--saliency-option", "floor"),
+            "--saliency-option 'floor': expected",
         ),
         (("quantize", "model", ".", "--dry-run"), "it holds files but no model"),
         (("quantize", "model", "out", "--calib", "missing.jsonl"), "missing.jsonl"),

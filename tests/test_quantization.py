@@ -147,6 +147,16 @@ def test_a_failure_puts_the_model_back(monkeypatch):
             "got format 'binary' \\(override '\\*.down_proj' gives 'binary-g16' to layer '.*down_proj'\\)",
         ),
         ({"saliency": "attention"}, "saliency 'attention' is unknown; known: uniform"),
+        ({"saliency_options": {"power": 2}}, "saliency 'uniform' takes no power; it has no options"),
+        (
+            {"saliency": "act_norm", "saliency_options": {"labels": "model"}},
+            "saliency 'act_norm' takes no labels; known: average_kinds clip floor power temperature",
+        ),
+        (
+            {"saliency": "loss_grad", "saliency_options": {"labels": "true"}},
+            "must be 'data' or 'model', got 'true'",
+        ),
+        ({"saliency": "redundancy", "saliency_options": {"temperature": 2}}, "0 <= temperature <= 1, got"),
         ({"alpha": 2.0}, "alpha must be between 0 and 1, got 2.0"),
         ({"overrides": {"*visual*": "int4"}}, r"override '\*visual\*' matches no linear layer; use a part"),
         ({"overrides": {"lm_head": "int8"}}, "layer 'lm_head' cannot be quantized"),
@@ -165,6 +175,27 @@ def test_a_solver_need_not_fit_a_scheme_that_no_layer_takes():
     overrides = {"vision": "ternary-g16", "language": "ternary-g32"}
     plan = vlmq.plan(model, "int4-g16", solver="ternary", overrides=overrides)
     assert {s.solver for s in plan.schemes.values()} == {"ternary"}
+
+
+def test_saliency_options_reach_the_weights():
+    """A temperature of 0 makes any saliency uniform; sampled labels give other weights than the data's."""
+    states = {}
+    for saliency, options in (
+        ("uniform", None),
+        ("act_norm", None),
+        ("act_norm", {"temperature": 0}),
+        ("loss_grad", None),
+        ("loss_grad", {"labels": "model"}),
+    ):
+        model = tiny_models.build("llava")
+        batches = tiny_models.inputs("llava", 2)
+        vlmq.quantize(model, batches, "int2-g16", saliency=saliency, saliency_options=options)
+        states[saliency, str(options)] = torch.cat([m.scales.flatten() for m in packed(model).values()])
+        assert model.config.quantization_config.metadata["saliency_options"] == (options or {})
+    plain, norm, cold, data, sampled = states.values()
+    assert torch.equal(plain, cold)
+    assert not torch.equal(plain, norm)
+    assert not torch.equal(data, sampled)
 
 
 def test_an_empty_calibration_set_fails():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vlmq import checkpoint, terminal
 from vlmq.calib.data import load
-from vlmq.calib.saliency import SALIENCIES
+from vlmq.calib.saliency import SALIENCIES, read_options
 from vlmq.cli_bench import bench_command
 from vlmq.eval.demo import run_demo
 from vlmq.eval.evaluation import evaluate
@@ -25,7 +25,7 @@ from vlmq.eval.vqa import load_rows
 from vlmq.opening import open_empty, open_model, open_processor
 from vlmq.options import parse_options
 from vlmq.planning import Plan, plan
-from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, quantize
+from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, check_alpha, quantize
 
 TOKEN_WEIGHTS = ", ".join(SALIENCIES)
 DEMO_FOLDER = Path("vlmq-demo")
@@ -53,6 +53,10 @@ def quantize_command(
     ] = None,
     solver: Annotated[str | None, typer.Option(help="A recipe such as gptq+cd; the format's best.")] = None,
     saliency: Annotated[str, typer.Option(help=f"Weights of tokens: {TOKEN_WEIGHTS}.")] = DEFAULT_SALIENCY,
+    saliency_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", help="Of the saliency, such as temperature=0.5. Repeatable."),
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Strength of the asymmetric target, 0 to 1.")] = DEFAULT_ALPHA,
     override: Annotated[
         list[str] | None,
@@ -73,19 +77,23 @@ def quantize_command(
     """Quantize MODEL and save it packed into OUT."""
     overrides = parse_overrides(override or [])
     options = parse_options(option or [])
+    saliency_options = parse_options(saliency_option or [], flag="--saliency-option")
+    check_alpha(alpha)
+    read_options(saliency, saliency_options)
     checkpoint.check_target(out)
-    if dry_run:
+    with terminal.working("planning"):
         empty = open_empty(model, trust_remote_code=trust_remote_code)
-        _show_plan(plan(empty, scheme, solver=solver, overrides=overrides, options=options), json)
+        steps = plan(empty, scheme, solver=solver, overrides=overrides, options=options)
+    if dry_run:
+        _show_plan(steps, json)
         return
     if calib is None:
         sources = "a folder of images, a .jsonl file or a known set"
         raise ValueError(f"--calib is missing: give {sources}, or --dry-run")
-    with terminal.working("loading model and calibration data"):
+    with terminal.working("loading calibration data and model"):
         processor = open_processor(model, trust_remote_code=trust_remote_code)
-        loaded = open_model(model, device=device, trust_remote_code=trust_remote_code)
-        steps = plan(loaded, scheme, solver=solver, overrides=overrides, options=options)
         batches = load(calib, processor, n_samples=n_samples, max_tokens=max_tokens, seed=seed)
+        loaded = open_model(model, device=device, trust_remote_code=trust_remote_code)
     for warning in steps.warnings():
         terminal.show_warning(warning)
     quantize(
@@ -94,6 +102,7 @@ def quantize_command(
         scheme,
         solver=solver,
         saliency=saliency,
+        saliency_options=saliency_options,
         alpha=alpha,
         overrides=overrides,
         options=options,

@@ -30,7 +30,7 @@ from vlmq.attach import attach
 from vlmq.calib.batches import as_batches
 from vlmq.calib.block import Block
 from vlmq.calib.drift import OutputShift, find_sum_point
-from vlmq.calib.saliency import SALIENCIES, prepare
+from vlmq.calib.saliency import SALIENCIES, prepare, read_options
 from vlmq.calib.statistics import Statistics, collect_statistics
 from vlmq.calib.tokens import CalibBatch
 from vlmq.calib.walk import calls_in_order, walk_blocks
@@ -54,6 +54,7 @@ def quantize(
     *,
     solver: str | None = None,
     saliency: str = DEFAULT_SALIENCY,
+    saliency_options: Mapping[str, Any] | None = None,
     alpha: float = DEFAULT_ALPHA,
     overrides: Mapping[str, str | Scheme | None] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -72,7 +73,8 @@ def quantize(
         calib_data: a CalibrationSet of `vlmq.calib.load`, or batches of model inputs, or token ids.
         scheme: format and group size, such as "int4-g128", "int2-g64", "ternary-channel".
         solver: a recipe such as "gptq+cd"; None takes the default of each format.
-        saliency: how tokens are weighted, a name of `vlmq.calib.SALIENCIES`.
+        saliency: how tokens are weighted, a name of `vlmq.calib.saliency.SALIENCIES`.
+        saliency_options: options of the saliency, see `vlmq.calib.saliency.read_options`.
         alpha: strength of the asymmetric target, 0 (plain) to 1 (full least squares towards the original's
             outputs).
         overrides: part ("vision", "projector", "language", "text") or pattern over layer names -> scheme,
@@ -87,11 +89,11 @@ def quantize(
         RuntimeError: inputs that are not finite, a layer that no token reached, a hessian that cannot be
             factored.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    check_alpha(alpha)
+    labels, post = read_options(saliency, saliency_options)
     recipe = plan(model, scheme, solver=solver, overrides=overrides, options=options)
     batches = as_batches(calib_data, model)
-    context = prepare(saliency, model, recipe.layout, batches, seed=seed)
+    context = prepare(saliency, model, recipe.layout, batches, labels=labels, post=post, seed=seed)
     run = _Run(model, recipe, alpha, seed, progress or SilentProgress())
     run.progress.start(len(run.blocks()), len(recipe.schemes))
     is_done = False
@@ -113,12 +115,19 @@ def quantize(
             "solver": sorted({str(s.solver) for s in recipe.schemes.values()}),
             "options": dict(options or {}),
             "saliency": saliency,
+            "saliency_options": dict(saliency_options or {}),
             "alpha": alpha,
             "seed": seed,
             "calibration": getattr(calib_data, "hash", None),
         },
     )
     return model
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError unless the strength of the asymmetric target is between 0 and 1."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
 
 
 @dataclass
