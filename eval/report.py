@@ -58,12 +58,17 @@ def format_value(value: Any, spec: str) -> str:
 
 
 def as_rich(table: Table) -> RichTable:
-    """The table for a terminal."""
+    """The table for a terminal; where it is narrow titles and texts are wrapped, numbers never cut."""
     view = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for column in table.columns:
-        view.add_column(column.title, justify="right" if column.spec else "left", no_wrap=not column.spec)
-    for cells in _cells(table):
-        view.add_row(*cells)
+    view.collapse_padding, view.pad_edge, view.show_edge = True, False, False
+    rows = _cells(table)
+    for i, column in enumerate(table.columns):
+        cells = [row[i] for row in rows] if column.spec else []
+        widest = max(map(len, [*column.title.split(), *cells]))
+        justify = "right" if column.spec else "left"
+        view.add_column(column.title, justify=justify, overflow="fold", min_width=widest)
+    for row in rows:
+        view.add_row(*row)
     return view
 
 

@@ -19,6 +19,8 @@ PART_COLUMNS = (
     Column("true_bits_per_weight", "True bits per weight", ".3f"),
 )
 MEASURED = (Column("proxy_loss", "Proxy loss", ".2e"), Column("seconds", "Seconds", ".1f"))
+TOKENS = (Column("n_tokens", "Tokens", ","), Column("n_effective", "Effective tokens", ",.0f"))
+LEAST = Column("n_effective", "Effective tokens, least", ",.0f")
 LAYER_COLUMNS = (
     Column("name", "Layer"),
     Column("scheme", "Scheme"),
@@ -26,8 +28,7 @@ LAYER_COLUMNS = (
     Column("true_bits_per_weight", "True bits per weight", ".3f"),
     Column("solver", "Solver"),
     *MEASURED,
-    Column("n_tokens", "Tokens", ","),
-    Column("n_effective", "Effective tokens", ",.0f"),
+    *TOKENS,
     Column("notes", "Notes"),
 )
 
@@ -39,7 +40,11 @@ def plan_table(plan: Plan) -> Table:
 
 
 def part_table(model: PreTrainedModel) -> Table:
-    """What is packed in a model, by part and scheme; proxy losses are means over the layers' weights."""
+    """What is packed in a model, by part and scheme.
+
+    Proxy losses are means over the layers' weights; effective tokens are those of the layer whose tokens are worth
+    the least, the one to look at when calibration was short or a saliency steep.
+    """
     groups: dict[tuple[str, str], list[QuantLinear]] = {}
     for name, layer in packed_layers(model).items():
         groups.setdefault((part_of(model, name, layer), scheme_name(layer)), []).append(layer)
@@ -50,9 +55,10 @@ def part_table(model: PreTrainedModel) -> Table:
         weight = sum(report.n_weights for report in reports)
         loss = sum(r.proxy_loss * r.n_weights for r in reports) / weight if weight else math.nan
         seconds = sum(report.seconds for report in reports) if reports else math.nan
+        least = min((report.n_effective for report in reports), default=None)
         bits = sum(true_bits(layer) for layer in layers) / n_weights
-        rows.append((part, scheme, len(layers), n_weights, bits, loss, seconds))
-    return Table("Quantized layers", (*PART_COLUMNS, *MEASURED), tuple(rows))
+        rows.append((part, scheme, len(layers), n_weights, bits, loss, seconds, least))
+    return Table("Quantized layers", (*PART_COLUMNS, *MEASURED, LEAST), tuple(rows))
 
 
 def layer_table(model: PreTrainedModel) -> Table:

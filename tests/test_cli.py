@@ -104,7 +104,9 @@ def test_options_of_solver_and_saliency_are_recorded(run):
     weights = ("--saliency", "act_norm", "--saliency-option", "clip=null", "--saliency-option", "power=0.5")
     code, out, err = run("quantize", "model", "made", "--calib", "rows.jsonl", *settings, *weights, "--json")
     assert code == 0, err
-    metadata = json.loads(out)["metadata"]
+    content = json.loads(out)
+    metadata = content["metadata"]
+    assert content["parts"][0]["n_effective"] == min(row["n_effective"] for row in content["layers"])
     assert metadata["options"] == {"n_steps": 3}
     assert metadata["saliency_options"] == {"clip": None, "power": 0.5}
 
@@ -112,6 +114,7 @@ def test_options_of_solver_and_saliency_are_recorded(run):
 def test_inspect_shows_tables(run, packed):
     code, out, _ = run("inspect", packed, "--layers")
     assert code == 0
+    assert "Effective tokens, least" in out
     assert "language" in out
     assert "4.750 true bits per weight" in out
 

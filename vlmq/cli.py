@@ -111,7 +111,8 @@ def quantize_command(
         progress=terminal.LiveProgress(scheme),
     )
     checkpoint.save(loaded, out, processor)
-    _show_model(loaded, out, json, tables={"parts": part_table(loaded)})
+    tables = {"parts": part_table(loaded)} | ({"layers": layer_table(loaded)} if json else {})
+    _show_model(loaded, out, json, tables=tables)
 
 
 @app.command("eval")
@@ -237,7 +238,7 @@ def _show(content: dict[str, Any], json: bool, *, lines: list[str] | None = None
         return
     for value in content.values():
         if isinstance(value, Table):
-            terminal.out.print(as_rich(value))
+            terminal.show_table(as_rich(value))
     for line in lines or []:
         terminal.out.print(line, highlight=False, markup=False)
 

@@ -17,8 +17,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from vlmq.report import LayerReport
+
+WIDTH_OF_FILES = 200
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True)
@@ -91,6 +94,11 @@ class _Lines(logging.Handler):
 def show_step(message: str) -> None:
     """What is being done, one line on stderr."""
     err.print(message, soft_wrap=True, highlight=False, markup=False)
+
+
+def show_table(table: Table) -> None:
+    """A table on stdout, as wide as the terminal; in a file or a pipe as wide as it needs to be."""
+    Console(soft_wrap=True, width=None if out.is_terminal else WIDTH_OF_FILES).print(table)
 
 
 def show_error(message: str) -> None:

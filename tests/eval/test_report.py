@@ -59,6 +59,26 @@ def test_as_rich_shows_every_cell():
     assert all(cell in text for cell in ("Sizes", "Bits per weight", "4.38", "12,345", "–"))
 
 
+@pytest.mark.parametrize("width", [20, 30, 80])
+def test_as_rich_never_cuts_a_number_and_folds_text(width):
+    table = Table(
+        "Layers",
+        (Column("name", "Layer"), Column("n", "Weights", ","), Column("loss", "Proxy loss", ".2e")),
+        (("model.layers.0.self_attn.q_proj", 2967552, 0.00242),),
+    )
+    console = Console(width=width, record=True, file=io.StringIO(), soft_wrap=True)
+    console.print(as_rich(table))
+    lines = console.export_text().splitlines()
+    assert any("2,967,552" in line and "2.42e-03" in line for line in lines)
+    assert "…" not in "".join(lines)
+    name = "".join(line.split("  ")[0].split(" ")[0] for line in lines[lines.index(_rule(lines)) + 1 :])
+    assert name == "model.layers.0.self_attn.q_proj"
+
+
+def _rule(lines):
+    return next(line for line in lines if set(line.strip()) == {"─"})
+
+
 def test_table_refuses_a_row_of_another_length():
     with pytest.raises(ValueError, match="row 0 of 'T': expected 1 values, got 2"):
         Table("T", (Column("a", "A"),), ((1, 2),))
