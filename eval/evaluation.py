@@ -54,8 +54,10 @@ def evaluate(
         A row per model, the original first; columns of what was not asked for are left out.
 
     Raises:
-        ValueError: neither text nor questions.
+        ValueError: neither text nor questions, or a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if token_ids is None and not rows:
         raise ValueError("nothing to measure: give a text or questions")
     records = []

@@ -75,8 +75,12 @@ def token_windows(
         (n_windows, length) int64.
 
     Raises:
-        ValueError: the text has fewer tokens than are asked for.
+        ValueError: the text has fewer tokens than are asked for, or no token of a window has one before it.
     """
+    if length < 2 or (n_windows is not None and n_windows < 1):
+        raise ValueError(
+            f"expected windows of length 2 or more, at least 1, got length {length}, n_windows {n_windows}"
+        )
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     n_found = len(ids) // length
     if n_found < (n_windows or 1):

@@ -55,9 +55,14 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read questions from a .jsonl or .json file with image, question, answer; image paths relative to it.
 
     Raises:
-        ValueError: a row lacks a column, or its image cannot be read; the message names the row.
+        FileNotFoundError: there is no such file.
+        ValueError: there are no rows, a row lacks a column, or its image cannot be read; the message names the row.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"questions: expected a .jsonl or .json file, there is no file {str(path)!r}")
     source = read_source(path, n_samples=2**31, seed=0)
+    if not source.rows:
+        raise ValueError(f"questions: {path} is empty; expected rows of image, question and answer")
     rows = []
     for index, raw in sorted(source.rows, key=lambda pair: pair[0]):
         if not isinstance(raw, Mapping) or not {"image", "question", "answer"} <= raw.keys():

@@ -1,7 +1,11 @@
 """The commands on a tiny model on disk, run as a user runs them but in this process."""
 
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import build
@@ -22,6 +26,12 @@ def folder(tmp_path_factory):
         picture(i).save(folder / f"{i}.png")
     rows = [{"image": f"{i}.png", "question": "what is it?", "answer": "noise"} for i in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "corrupt.png").write_bytes(b"no picture")
+    (folder / "corrupt.jsonl").write_text(json.dumps({**rows[0], "image": "corrupt.png"}))
+    (folder / "gone.jsonl").write_text(json.dumps({**rows[0], "image": "gone.png"}))
+    (folder / "unanswered.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "?"}))
+    (folder / "nothing").mkdir()
     return folder
 
 
@@ -182,6 +192,34 @@ def test_eval_measures_text_and_questions_beside_the_original(run, packed):
             ("quantize", "model", "out", "--dry-run", "--saliency-option", "floor"),
             "--saliency-option 'floor': expected",
         ),
+        (("quantize", "model", "out", "--dry-run", "--scheme", "int4-g48"), "group size 48 of 'int4-g48'"),
+        (("quantize", "model", "out", "--dry-run", "--solver", "awq"), "solver 'awq' is unknown; known: rtn"),
+        (("quantize", "model", "out", "--dry-run", "--device", "here"), "device 'here' cannot be used"),
+        (("quantize", "model", "model", "--calib", "rows.jsonl"), "OUT is MODEL itself"),
+        (("quantize", "model", "text.txt", "--calib", "rows.jsonl"), "text.txt is a file"),
+        (("quantize", "model", "text.txt/out", "--calib", "rows.jsonl"), "text.txt is a file"),
+        (("quantize", "nothing", "out", "--calib", "rows.jsonl"), "nothing holds no config.json"),
+        (("quantize", "model", "out", "--calib", "empty.jsonl"), "empty.jsonl is empty"),
+        (("quantize", "model", "out", "--calib", "nothing"), "holds no image"),
+        (("quantize", "model", "out", "--calib", "corrupt.jsonl"), "corrupt.png' is corrupt"),
+        (("quantize", "model", "out", "--calib", "gone.jsonl"), "gone.png' does not exist"),
+        (
+            ("quantize", "model", "out", "--calib", "rows.jsonl", "--n-samples", "0"),
+            "n_samples: expected at least 1",
+        ),
+        (("eval", "model", "--vqa", "missing.jsonl"), "there is no file 'missing.jsonl'"),
+        (("eval", "model", "--vqa", "empty.jsonl"), "empty.jsonl is empty"),
+        (
+            ("eval", "model", "--vqa", "unanswered.jsonl"),
+            "row 1 of unanswered.jsonl: expected image, question",
+        ),
+        (
+            ("eval", "model", "--vqa", "rows.jsonl", "--batch-size", "0"),
+            "batch_size: expected at least 1, got 0",
+        ),
+        (("eval", "model", "--text", "text.txt", "--length", "0"), "got length 0"),
+        (("eval", "model", "--text", "nothing"), "nothing: Is a directory"),
+        (("inspect", "nothing"), "nothing holds no config.json"),
         (("quantize", "model", ".", "--dry-run"), "it holds files but no model"),
         (("quantize", "model", "out", "--calib", "missing.jsonl"), "missing.jsonl"),
         (("eval", "model"), "nothing to measure"),
@@ -190,12 +228,51 @@ def test_eval_measures_text_and_questions_beside_the_original(run, packed):
         (("inspect", "model"), "no vlmq checkpoint"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message):
+def test_a_mistake_is_one_line_and_exit_code_2(run, folder, arguments, message):
     code, out, err = run(*arguments)
     assert code == 2
     assert out == ""
     assert err.count("\n") == 1
     assert message in err
+    assert not [path.name for path in folder.iterdir() if path.name == "out" or path.name.startswith(".")]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody may write to")
+def test_a_read_only_folder_is_refused_before_work(run):
+    code, out, err = run("quantize", "model", "/proc/vlmq", "--calib", "rows.jsonl")
+    assert (code, out) == (2, "")
+    assert "cannot save to /proc/vlmq: no folder can be made there" in err
+
+
+def test_a_full_disk_is_refused_before_work(run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, out, err = run("quantize", "model", "out", "--calib", "rows.jsonl")
+    assert (code, out) == (2, "")
+    assert "0 MiB are free; nothing was changed" in err
+    assert "block" not in err
+
+
+@pytest.mark.parametrize("n_bytes", [100, 3000])
+@pytest.mark.parametrize("command", [("inspect",), ("eval", "--vqa", "rows.jsonl")])
+def test_a_truncated_checkpoint_is_one_line(run, packed, folder, tmp_path, command, n_bytes):
+    shutil.copytree(folder / packed, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", n_bytes)
+    code, out, err = run(command[0], str(tmp_path / "cut"), *command[1:])
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "is not a whole safetensors file" in err
+
+
+def test_a_second_run_on_a_packed_folder_adds_the_other_part(run, packed):
+    code, out, err = run(
+        "quantize", packed, "both", "--calib", "rows.jsonl", "--scheme", "int8-g16", "--json"
+    )
+    assert code == 0, err
+    found = {(row["part"], row["scheme"]) for row in json.loads(out)["parts"]}
+    assert found == {("language", "int4-g32"), ("vision", "int8-g16")}
+    code, out, err = run("quantize", "both", "again", "--dry-run")
+    assert code == 2
+    assert "nothing is left to quantize; kept: 14 layers (already quantized to int4-g32)" in err
 
 
 def test_a_wrong_option_is_exit_code_2(run):

@@ -98,7 +98,7 @@ def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
-    config = AutoConfig.from_pretrained(path_or_id, **hub, **trust)
+    config = open_config(path_or_id, **hub, **trust)
     block = getattr(config, "quantization_config", None) or {}
     if block.get("quant_method") != QUANT_METHOD:
         found = block.get("quant_method", "none")
@@ -174,18 +174,52 @@ def push(
     return commit.commit_url
 
 
-def check_target(target: Path) -> None:
-    """Refuse a folder that `save` must not replace, before hours are spent on what would go into it.
+def open_config(path_or_id: str | os.PathLike[str], **kwargs: Any) -> PreTrainedConfig:
+    """Read the config of a model by folder or hub name.
 
     Raises:
-        ValueError: a file, or a folder that holds files but no model.
+        OSError: neither gives one; the message names what was asked for.
+        ValueError: it is no config of a model that transformers knows.
     """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"cannot save to {target}: expected a folder, it is a file; choose another path")
+    folder = Path(path_or_id, kwargs.get("subfolder", ""))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model: expected the folder of a model, {folder} holds no config.json")
+    try:
+        return AutoConfig.from_pretrained(path_or_id, **kwargs)
+    except OSError as error:
+        where = (
+            "holds no config.json that can be read"
+            if folder.is_dir()
+            else "is no folder here, nor on the hub"
+        )
+        raise OSError(f"model {str(path_or_id)!r} {where}: {error}") from error
+
+
+def check_target(target: Path) -> None:
+    """Refuse a folder that `save` cannot or must not write, before hours are spent on what would go into it.
+
+    Raises:
+        ValueError: a file, a path below a file, or a folder that holds files but no model.
+        OSError: the folder to write into is read-only.
+    """
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(
+            f"cannot save to {target}: expected a folder, {existing} is a file; choose another path"
+        )
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=".vlmq.", dir=existing if existing != target else target.parent
+        ):
+            pass
+    except OSError as error:
+        reason = (
+            f"cannot save to {target}: no folder can be made there ({error.strerror}); choose another path"
+        )
+        raise OSError(reason) from error
     config = target / "config.json"
-    if any(target.iterdir()) and not (config.is_file() and b'"model_type"' in config.read_bytes()):
+    is_filled = target.is_dir() and any(target.iterdir())
+    if is_filled and not (config.is_file() and b'"model_type"' in config.read_bytes()):
         raise ValueError(
             f"cannot save to {target}: it holds files but no model (no config.json with a model_type); "
             "choose an empty or new folder"

@@ -22,10 +22,11 @@ from vlmq.eval.report import Table, as_json, as_rich
 from vlmq.eval.size import disk_bytes, model_size
 from vlmq.eval.summary import layer_table, part_table, plan_table
 from vlmq.eval.vqa import load_rows
-from vlmq.opening import open_empty, open_model, open_processor
+from vlmq.opening import check_device, open_empty, open_model, open_processor
 from vlmq.options import parse_options
 from vlmq.planning import Plan, plan
 from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, check_alpha, quantize
+from vlmq.staging import check_space
 
 TOKEN_WEIGHTS = ", ".join(SALIENCIES)
 DEMO_FOLDER = Path("vlmq-demo")
@@ -80,7 +81,10 @@ def quantize_command(
     saliency_options = parse_options(saliency_option or [], flag="--saliency-option")
     check_alpha(alpha)
     read_options(saliency, saliency_options)
+    check_device(device)
     checkpoint.check_target(out)
+    if out.resolve() == Path(model).resolve():
+        raise ValueError(f"OUT is MODEL itself ({model}), which would be replaced; choose another folder")
     with terminal.working("planning"):
         empty = open_empty(model, trust_remote_code=trust_remote_code)
         steps = plan(empty, scheme, solver=solver, overrides=overrides, options=options)
@@ -90,6 +94,7 @@ def quantize_command(
     if calib is None:
         sources = "a folder of images, a .jsonl file or a known set"
         raise ValueError(f"--calib is missing: give {sources}, or --dry-run")
+    check_space(out.absolute(), steps.n_bytes_after)
     with terminal.working("loading calibration data and model"):
         processor = open_processor(model, trust_remote_code=trust_remote_code)
         batches = load(calib, processor, n_samples=n_samples, max_tokens=max_tokens, seed=seed)
@@ -131,13 +136,14 @@ def eval_command(
     """Measure a model on text and questions, beside the original if --reference names it."""
     if text is None and vqa is None:
         raise ValueError("nothing to measure: give --text FILE, --vqa FILE.jsonl or both")
+    check_device(device)
+    ids, rows = None, None if vqa is None else load_rows(vqa)
+    written = None if text is None else text.read_text()
     with terminal.working("loading"):
         processor = open_processor(model, trust_remote_code=trust_remote_code)
         tokenizer = getattr(processor, "tokenizer", processor)
-        rows = None if vqa is None else load_rows(vqa)
-        ids = None
-        if text is not None:
-            ids = token_windows(text.read_text(), tokenizer, length=length, n_windows=n_windows)
+        if written is not None:
+            ids = token_windows(written, tokenizer, length=length, n_windows=n_windows)
         loaded = open_model(model, device=device, trust_remote_code=trust_remote_code)
         original = None
         if reference is not None:
@@ -243,11 +249,18 @@ def _show(content: dict[str, Any], json: bool, *, lines: list[str] | None = None
         terminal.out.print(line, highlight=False, markup=False)
 
 
+def _message(error: Exception) -> str:
+    """What an error says, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 def main() -> None:
     """Run the command line; what the user can put right becomes one line on stderr and exit code 2."""
     terminal.quiet_libraries()
     try:
         app()
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        terminal.show_error(str(error) or type(error).__name__)
+        terminal.show_error(_message(error))
         raise SystemExit(2) from None

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from vlmq import checkpoint
 from vlmq.hf import QUANT_METHOD, VlmqConfig, VlmqQuantizer
@@ -20,7 +20,7 @@ def open_model(
         device: where to; None is the CPU.
         trust_remote_code: run the model's own code.
     """
-    config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+    config = checkpoint.open_config(path_or_id, trust_remote_code=trust_remote_code)
     block = getattr(config, "quantization_config", None) or {}
     if block.get("quant_method") == QUANT_METHOD:
         model = checkpoint.load(path_or_id, trust_remote_code=trust_remote_code)
@@ -35,7 +35,7 @@ def open_empty(path_or_id: str, *, trust_remote_code: bool = False) -> PreTraine
 
     Layers that the config lists as packed are packed here too.
     """
-    config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+    config = checkpoint.open_config(path_or_id, trust_remote_code=trust_remote_code)
     block = getattr(config, "quantization_config", None) or {}
     with torch.device("meta"):
         model = auto_class(config).from_config(
@@ -49,6 +49,23 @@ def open_empty(path_or_id: str, *, trust_remote_code: bool = False) -> PreTraine
 def open_processor(path_or_id: str, *, trust_remote_code: bool = False) -> Any:
     """Load the model's processor; a tokenizer where the model has nothing else."""
     return AutoProcessor.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+
+
+def check_device(name: str | None) -> None:
+    """Check that a device is there; None is the CPU.
+
+    Raises:
+        ValueError: an unknown name, or a device that this machine or this torch does not have.
+    """
+    if name is None:
+        return
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"device {name!r} cannot be used ({reason}); take cpu, or one that is there"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

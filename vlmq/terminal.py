@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import huggingface_hub
 import transformers
 from rich.console import Console
 from rich.progress import (
@@ -122,8 +123,9 @@ def working(text: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep the bars of transformers out of the way of ours; its warnings stay."""
+    """Keep bars of other libraries and the hub's retries out of the way of ours; warnings of transformers stay."""
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     logging.captureWarnings(True)
 
 
