@@ -11,6 +11,7 @@ from torch import nn
 import vlmq
 from vlmq.attach import attach
 from vlmq.embedding import QuantEmbedding, find_embedding, pack_embedding, round_rows
+from vlmq.eval.size import model_size
 from vlmq.linear import QuantLinear
 from vlmq.scheme import parse_scheme
 
@@ -23,7 +24,7 @@ def pack(model, scheme="int8-g64"):
     found = find_embedding(model)
     pack_embedding(model, found, parse_scheme(scheme))
     names = dict.fromkeys(found.layers(), scheme)
-    attach(model, names, {}, embeddings={found.name: found.source()})
+    attach(model, names, {}, embeddings=found.looked_up())
     return found
 
 
@@ -97,6 +98,33 @@ def test_a_packed_model_can_be_dequantized(family):
     assert type(model.get_input_embeddings()) is nn.Embedding
     assert not any(isinstance(m, QuantLinear | QuantEmbedding) for m in model.modules())
     assert torch.allclose(logits(model, family), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "llama"])
+def test_quantize_packs_the_embeddings_last_and_reports_them(family, tmp_path):
+    model, batches = tiny_models.build(family, torch.bfloat16), tiny_models.inputs(family, 2)
+    plain = vlmq.quantize(tiny_models.build(family, torch.bfloat16), batches, "int4-g16")
+    plan = vlmq.plan(model, "int4-g16", embeddings="int8-g64")
+    rows = {row["part"]: row for row in plan.rows()}
+    assert rows["embedding"]["n_layers"] == (1 if family in TIED else 2)
+    vlmq.quantize(model, batches, "int4-g16", embeddings="int8-g64")
+    states = model.state_dict(), plain.state_dict()
+    in_blocks = [name for name in states[1] if "layers" in name]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in in_blocks)
+    assert {n for n, m in model.named_modules() if isinstance(m, QuantLinear)} == plan.schemes.keys()
+    size = model_size(model)
+    assert size.quantized_bits == sum(plan.bits.values())
+    assert size.total_bits == 8 * plan.n_bytes_after
+    vlmq.save(model, tmp_path / "packed")
+    assert torch.equal(logits(vlmq.load(tmp_path / "packed"), family), logits(model, family))
+
+
+def test_a_refused_embedding_is_found_before_any_work():
+    model = tiny_models.build("gemma3")
+    with pytest.raises(ValueError, match="ScaledWordEmbedding"):
+        vlmq.quantize(model, tiny_models.inputs("gemma3", 1), "int4-g16", embeddings="int8-g64")
+    with pytest.raises(ValueError, match="embeddings"):
+        vlmq.plan(tiny_models.build("llama"), embeddings="int9")
 
 
 @pytest.mark.parametrize(("family", "found"), [("gemma3", "ScaledWordEmbedding"), ("clip", "found none")])

@@ -14,7 +14,8 @@ LAYERS = (
     "scheme",
     "kernels , families , linalg",
     "linear | calib | solvers",
-    "quantization , planning , checkpoint , staging , integrity , hf , attach , embedding , opening , progress",
+    "quantization , block_solving , run , planning , checkpoint , staging , integrity , hf , attach"
+    " , embedding , opening , progress",
     "eval",
     "terminal , cli , cli_bench",
 )

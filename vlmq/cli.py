@@ -67,6 +67,9 @@ def quantize_command(
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help="Of the solver, such as damp=0.05. Repeatable."),
     ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Scheme of token embedding and output head, such as int8-g64.")
+    ] = None,
     n_samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Where a calibration row is cut.")] = 2048,
     seed: Seed = 0,
@@ -87,7 +90,9 @@ def quantize_command(
         raise ValueError(f"OUT is MODEL itself ({model}), which would be replaced; choose another folder")
     with terminal.working("planning"):
         empty = open_empty(model, trust_remote_code=trust_remote_code)
-        steps = plan(empty, scheme, solver=solver, overrides=overrides, options=options)
+        steps = plan(
+            empty, scheme, solver=solver, overrides=overrides, options=options, embeddings=embeddings
+        )
     if dry_run:
         _show_plan(steps, json)
         return
@@ -111,6 +116,7 @@ def quantize_command(
         alpha=alpha,
         overrides=overrides,
         options=options,
+        embeddings=embeddings,
         device=device,
         seed=seed,
         progress=terminal.LiveProgress(scheme),

@@ -114,13 +114,17 @@ class Embedding:
         """Path of the packed layer whose rows are the embedding."""
         return self.layers()[0]
 
+    def looked_up(self) -> dict[str, str]:
+        """The entry of the config: path of the embedding -> path of the packed layer whose rows it reads."""
+        return {self.name: self.source()}
+
 
 def find_embedding(model: PreTrainedModel) -> Embedding:
     """Find the token embedding and the output head.
 
     Raises:
-        ValueError: there is no token embedding, or it or the head is of a kind whose forward does more than look up
-            or multiply.
+        ValueError: there is no token embedding, it or the head is of a kind whose forward does more than look up or
+            multiply, or other weights are tied.
     """
     try:
         module = model.get_input_embeddings()
@@ -133,6 +137,9 @@ def find_embedding(model: PreTrainedModel) -> Embedding:
             f"embeddings can only be packed where the token embedding is an nn.Embedding, found {found}"
         )
     head = model.get_output_embeddings()
+    others = sorted(set(model.all_tied_weights_keys) - {f"{names.get(id(head))}.weight"})
+    if others:
+        raise ValueError(f"embeddings cannot be packed: {', '.join(others)} are tied to other weights")
     if head is None:
         return Embedding(names[id(module)], None, False)
     if type(head) is not nn.Linear or head.bias is not None:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmq.attach import earlier_quantizer
+from vlmq.embedding import Embedding, find_embedding
 from vlmq.families import Layout, describe
 from vlmq.families.layout import ALREADY_QUANTIZED
 from vlmq.families.packed import is_packed
@@ -26,6 +27,8 @@ from vlmq.scheme import Scheme, parse_scheme
 from vlmq.solvers import default_solver
 from vlmq.solvers.recipe import check_format, split_options
 
+EMBEDDING = "embedding"
+EMBEDDING_SOLVER = "rtn"
 FIXED_REASONS = ("router", "multihead attention", "embedding-tied", "subclass of nn.Linear")
 
 
@@ -36,6 +39,7 @@ class Plan:
     `schemes`: the scheme of every layer that is quantized, by full name. `kept`: why each other linear
     layer stays. `bits`: stored bits of every quantized layer, `n_weights` its weights. `n_bytes_before` and
     `n_bytes_after`: size of all weights now and then, layers that are packed already and what is kept included.
+    `embedding`: the token embedding and the output head where they are packed too; their layers are in `schemes`.
     """
 
     layout: Layout
@@ -45,6 +49,7 @@ class Plan:
     n_weights: dict[str, int]
     n_bytes_before: int
     n_bytes_after: int
+    embedding: Embedding | None = None
 
     @property
     def coverage(self) -> float:
@@ -60,7 +65,7 @@ class Plan:
         """One row for each part and scheme: part, scheme, n_layers, n_weights, true_bits_per_weight."""
         groups: dict[tuple[str, str], list[str]] = {}
         for name, scheme in self.schemes.items():
-            groups.setdefault((self.layout.linears[name].part, scheme.name), []).append(name)
+            groups.setdefault((self.part_of(name), scheme.name), []).append(name)
         rows = []
         for (part, scheme), names in sorted(groups.items()):
             weights = sum(self.n_weights[name] for name in names)
@@ -75,6 +80,17 @@ class Plan:
                 }
             )
         return rows
+
+    def part_of(self, name: str) -> str:
+        """Part of a layer that is quantized; `EMBEDDING` for the token embedding and the output head."""
+        if self.embedding is not None and name in self.embedding.layers():
+            return EMBEDDING
+        return self.layout.linears[name].part
+
+    def in_blocks(self) -> dict[str, Scheme]:
+        """The schemes of the layers in the blocks."""
+        packed = [] if self.embedding is None else self.embedding.layers()
+        return {name: scheme for name, scheme in self.schemes.items() if name not in packed}
 
     def warnings(self) -> list[str]:
         """What a user must know before the hours are spent, one line each."""
@@ -123,6 +139,7 @@ def plan(
     solver: str | None = None,
     overrides: Mapping[str, str | Scheme | None] | None = None,
     options: Mapping[str, Any] | None = None,
+    embeddings: str | Scheme | None = None,
 ) -> Plan:
     """Check every name, shape and option, and say what `quantize` would do; nothing is changed.
 
@@ -132,6 +149,7 @@ def plan(
         solver: a recipe such as "gptq+cd"; None takes the default of each format.
         overrides: part or pattern -> scheme, or None to keep the layer.
         options: options of the solver.
+        embeddings: scheme of the token embedding and the output head; None keeps them.
 
     Raises:
         ValueError: an unknown format, group size, solver or option; a solver that is not meant for a
@@ -171,8 +189,20 @@ def plan(
         bits[name] = stored_bits(layer.out_features, layer.in_features, given)
         n_weights[name] = layer.weight.numel()
         n_bytes_dense += layer.weight.numel() * layer.weight.element_size()
+    found = None
+    if embeddings is not None:
+        found = find_embedding(model)
+        given = parse_scheme(embeddings, where="embeddings")
+        module: Any = model.get_submodule(found.name)
+        for name in found.layers():
+            schemes[name] = replace(given, solver=EMBEDDING_SOLVER)
+            kept.pop(name, None)
+            bits[name] = stored_bits(module.num_embeddings, module.embedding_dim, given)
+            n_weights[name] = module.weight.numel()
+            n_bytes_dense += module.weight.numel() * module.weight.element_size()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Plan(layout, schemes, kept, bits, n_weights, size, size - n_bytes_dense + sum(bits.values()) // 8)
+    after = size - n_bytes_dense + sum(bits.values()) // 8
+    return Plan(layout, schemes, kept, bits, n_weights, size, after, found)
 
 
 def _with_solver(

@@ -1,0 +1,56 @@
+"""The state of one call of `quantize`: what has been taken out of the model, and what takes its place."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmq.formats import QuantizedWeight
+from vlmq.linear import QuantLinear
+from vlmq.planning import Plan
+from vlmq.progress import Progress
+from vlmq.report import LayerReport
+
+
+@dataclass
+class Run:
+    """One call of quantize: the layers taken out, and the packed ones that will take their place."""
+
+    model: PreTrainedModel
+    plan: Plan
+    alpha: float
+    seed: int
+    progress: Progress
+    originals: dict[str, nn.Linear] = field(default_factory=dict)
+    packed: dict[str, QuantLinear] = field(default_factory=dict)
+
+    def blocks(self) -> set[str]:
+        """Blocks that hold at least one layer of the plan."""
+        infos = (self.plan.layout.linears[name] for name in self.plan.in_blocks())
+        return {info.block for info in infos if info.block is not None}
+
+    def replace(self, name: str, quantized: QuantizedWeight, report: LayerReport) -> None:
+        """Put a layer with the quantized values in place for the rest of the walk, and keep the packed one."""
+        original = self.model.get_submodule(name)
+        assert isinstance(original, nn.Linear)
+        self.originals[name] = original
+        dense = nn.Linear(1, 1, bias=False, device="meta")
+        dense.in_features, dense.out_features = original.in_features, original.out_features
+        weight = quantized.dequantize(original.weight.dtype).to(original.weight.device)
+        dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), original.bias
+        self.model.set_submodule(name, dense)
+        packed = QuantLinear.from_quantized(quantized, original.bias, dtype=original.weight.dtype)
+        packed.to(original.weight.device)
+        packed.report = report
+        self.packed[name] = packed
+
+    def pack(self, prefix: str = "") -> None:
+        """Put the packed layers under `prefix` in place of their dense stand-ins."""
+        for name, layer in self.packed.items():
+            if name.startswith(prefix):
+                self.model.set_submodule(name, layer)
+
+    def restore(self) -> None:
+        """Put the full-precision layers back."""
+        for name, layer in self.originals.items():
+            self.model.set_submodule(name, layer)
