@@ -1,9 +1,9 @@
 """The main job on real input: quantize the small model that ships with vlmq, and show what it cost.
 
-The model is quantized to each width on the shipped calibration rows, saved, dropped, and reloaded from disk;
-the logits after the reload must equal those before it bit by bit. Each is then asked the shipped test
-questions. Written are a table (demo.md, demo.json) and a picture (demo.png); the checkpoints stay beside
-them. Needs no network.
+The model is quantized to each width on the shipped calibration rows, its tokens weighted by what an error in
+them costs the answers; it is saved, dropped, and reloaded from disk; the logits after the reload must equal
+those before it bit by bit. Each is then asked the shipped test questions. Written are a table (demo.md,
+demo.json) and a picture (demo.png); the checkpoints stay beside them. Needs no network.
 """
 
 import logging
@@ -35,6 +35,7 @@ from vlmq.quantization import quantize
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("int4-g64", "int2-g64", "ternary-g64", "binary-g64")
+SALIENCY = "loss_grad"  # the calibration rows hold the answers
 COLUMNS = (
     Column("model", "Model"),
     Column("accuracy", "Test accuracy", ".1%"),
@@ -177,7 +178,7 @@ def _quantize_and_save(
     """
     model = AutoModelForImageTextToText.from_pretrained(path).eval()
     started = time.perf_counter()
-    quantize(model, calibration, scheme, seed=seed, progress=progress)
+    quantize(model, calibration, scheme, saliency=SALIENCY, seed=seed, progress=progress)
     seconds = time.perf_counter() - started
     checkpoint.save(model, target, processor)
     inputs = calibration[0].inputs
