@@ -44,7 +44,7 @@ COLUMNS = (
     Column("megabytes", "Size on disk (MB)", ".2f"),
     Column("seconds", "Seconds to quantize", ".1f"),
 )
-FIRST, WRONG = "the first test questions", "the first that a quantized model alone gets wrong"
+FIRST, WRONG = "the first test questions", "a quantized model alone is wrong"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_demo(
     schemes: Sequence[str] = SCHEMES,
     n_calibration: int = 128,
     n_questions: int | None = None,
-    n_examples: int = 4,
+    n_examples: int = 8,
     seed: int = 0,
     progress: Progress | None = None,
     model_path: str | Path | None = None,
@@ -85,7 +85,7 @@ def run_demo(
         schemes: the widths.
         n_calibration: calibration rows.
         n_questions: test questions; None asks all that ship.
-        n_examples: questions in the picture of each of the two groups, the first and the first with an error.
+        n_examples: questions in the picture, up to half of them such that a quantized model alone is wrong.
         seed: of quantization and of the sample of calibration rows.
         progress: told about every layer.
         model_path: another model that answers questions about the shapes; None is the shipped one.
@@ -192,19 +192,21 @@ def choose_examples(widths: Sequence[Width], n_examples: int) -> list[tuple[int,
 
     Args:
         widths: the original first.
-        n_examples: questions of each group.
+        n_examples: questions in all.
 
     Returns:
-        (place of the question, group): the first questions, then the first others that the original answers
-        rightly and some width does not.
+        (place of the question, group): the first questions, then, up to half of all, the first others that the
+        original answers rightly and some width does not.
     """
-    first = [(i, FIRST) for i in range(min(n_examples, widths[0].result.n_questions))]
-    wrong = [
-        (i, WRONG)
-        for i in range(len(first), widths[0].result.n_questions)
-        if widths[0].result.is_right[i] and not all(width.result.is_right[i] for width in widths)
+    original = widths[0].result
+    is_lost = [
+        original.is_right[i] and not all(width.result.is_right[i] for width in widths)
+        for i in range(original.n_questions)
     ]
-    return first + wrong[:n_examples]
+    n_wrong = min(sum(is_lost[n_examples:]), n_examples // 2)
+    n_first = min(n_examples - n_wrong, original.n_questions)
+    wrong = [(i, WRONG) for i in range(n_first, original.n_questions) if is_lost[i]]
+    return [(i, FIRST) for i in range(n_first)] + wrong[:n_wrong]
 
 
 def _example(model: PreTrainedModel, processor: Any, row: VqaRow, group: str) -> Example:

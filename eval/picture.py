@@ -23,6 +23,7 @@ INK, GREY, LINE = "#1d2733", "#66717e", "#d5dae1"
 RIGHT, WRONG = "#12703c", "#b3261e"
 RIGHT_FILL, WRONG_FILL = "#e4f4ea", "#fce8e6"
 HEAT = "YlOrRd"
+CHARACTERS = 22  # of a heading that fit over one question
 CELL, LABEL, GAP = 1.55, 2.75, 0.14  # inches: width of a question, of the models' labels, between groups
 
 
@@ -67,7 +68,7 @@ def draw(
             f"expected an answer of each model to each of the {len(examples)} examples, at least one"
         )
     lefts = _lefts(examples)
-    heights = {"head": 1.0, "group": 0.34, "image": CELL, "heat": CELL, "question": 0.62}
+    heights = {"head": 1.0, "group": 0.5, "image": CELL, "heat": CELL, "question": 0.62}
     row_height, foot = 0.5, 0.3
     width = lefts[-1] + CELL + 0.35
     height = sum(heights.values()) + row_height * len(rows) + foot
@@ -119,8 +120,9 @@ def _draw_groups(canvas: Axes, examples: Sequence[Example], lefts: Sequence[floa
     for group in dict.fromkeys(example.group for example in examples):
         columns = [left for example, left in zip(examples, lefts, strict=True) if example.group == group]
         start, end = columns[0] + 0.06, columns[-1] + CELL - 0.06
-        canvas.text(start, middle - 0.03, group, fontsize=9.5, color=GREY, va="center")
-        canvas.plot([start, end], [middle + 0.13] * 2, color=LINE, linewidth=1)
+        text = "\n".join(wrap(group, CHARACTERS * len(columns)))
+        canvas.text(start, middle + 0.14, text, fontsize=9.5, color=GREY, va="bottom")
+        canvas.plot([start, end], [middle + 0.21] * 2, color=LINE, linewidth=1)
 
 
 def _axes(figure: Figure, left: float, top: float, size: float) -> Axes:

@@ -56,7 +56,8 @@ def width(*is_right: bool) -> Width:
 
 def test_choose_examples_takes_the_first_and_the_first_with_an_error():
     widths = [width(True, True, False, True, True, True), width(True, False, False, True, False, True)]
-    assert choose_examples(widths, 2) == [(0, FIRST), (1, FIRST), (4, WRONG)]
+    assert choose_examples(widths, 4) == [(0, FIRST), (1, FIRST), (2, FIRST), (4, WRONG)]
+    assert choose_examples([widths[0]] * 2, 4) == [(i, FIRST) for i in range(4)]
 
 
 def test_choose_examples_of_few_questions():
