@@ -11,7 +11,7 @@ from torch import Tensor, uint8
 from vlmq.calib.tokens import ANSWER, IMAGE, PADDING, CalibBatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CalibrationSet(Sequence[CalibBatch]):
     """A sequence of calibration batches.
 
@@ -24,6 +24,10 @@ class CalibrationSet(Sequence[CalibBatch]):
     batches: tuple[CalibBatch, ...]
     source: str = "batches"
     n_dropped: int = 0
+
+    def __repr__(self) -> str:
+        """What it is, not its tensors."""
+        return f"CalibrationSet({self.description}; {len(self.batches)} batches)"
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -269,6 +269,7 @@ def test_description_counts():
     calibration = load([(picture(0), "red")], LLAVA)
     n_tokens = calibration[0].kinds.numel()
     assert calibration.description == f"list of 1: 1 rows, {n_tokens} tokens (4 of images, 4 of answers)"
+    assert repr(calibration) == f"CalibrationSet({calibration.description}; 1 batches)"
 
 
 def test_all_bad_rows_are_listed_together(folder):
