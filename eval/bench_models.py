@@ -33,6 +33,7 @@ from vlmq.opening import open_model, open_processor
 
 PRESET = "preset:"
 SHAPES = "shapes"
+DECODE_TOKENS = 8  # per forward: few enough for the kernels that generate, which may round activations
 
 COLUMNS = (
     Column("model", "Model"),
@@ -45,6 +46,7 @@ COLUMNS = (
     Column("megabytes", "Disk MB", ".1f"),
     Column("bits_per_weight", "True bits", ".2f"),
     Column("perplexity", "PPL", ".2f"),
+    Column("decode_perplexity", "PPL in decoding", ".2f"),
     Column("accuracy", "Right", ".1%"),
     Column("answer_nll", "NLL", ".4f"),
 )
@@ -127,7 +129,9 @@ def measure(job: Job) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     if job.text is not None:
-        record["perplexity"] = perplexity(model, _token_ids(job, processor))
+        ids = _token_ids(job, processor)
+        record["perplexity"] = perplexity(model, ids)
+        record["decode_perplexity"] = perplexity(model, ids, batch_size=1, chunk=DECODE_TOKENS)
     if job.vqa is not None:
         rows = load_shapes("test") if job.vqa == SHAPES else load_rows(job.vqa)
         result = answer_accuracy(model, processor, rows[: job.n_questions])

@@ -14,13 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def perplexity(model: PreTrainedModel, token_ids: Tensor, *, batch_size: int = 4) -> float:
+def perplexity(
+    model: PreTrainedModel, token_ids: Tensor, *, batch_size: int = 4, chunk: int | None = None
+) -> float:
     """Exponential of the mean negative log-likelihood of the next token.
 
     Args:
         model: any model whose forward takes input_ids and returns logits.
         token_ids: (n_rows, length) integers; every row is a window without padding.
         batch_size: rows per forward.
+        chunk: tokens of a row per forward, the others before them in the key-value cache; None takes the whole
+            row at once. With batch_size * chunk small, the kernels that generate are those that are measured.
 
     Returns:
         The perplexity; infinite or NaN where the model's logits are.
@@ -40,11 +44,22 @@ def perplexity(model: PreTrainedModel, token_ids: Tensor, *, batch_size: int = 4
     with torch.inference_mode():
         for rows in token_ids.split(batch_size):
             ids = rows.to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits  # (batch_size, length, vocab_size)
+            logits = _logits(model, ids, chunk)  # (batch_size, length, vocab_size)
             for row_logits, row_ids in zip(logits, ids, strict=True):
                 total += float(next_token_nll(row_logits, row_ids).double().sum())
     mean = total / (token_ids.shape[0] * (token_ids.shape[1] - 1))
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, chunk: int | None) -> Tensor:
+    if chunk is None:
+        return model(input_ids=ids, use_cache=False).logits
+    parts, cache = [], None
+    for part in ids.split(chunk, dim=1):
+        output = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
 
 
 def next_token_nll(logits: Tensor, token_ids: Tensor) -> Tensor:

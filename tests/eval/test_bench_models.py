@@ -41,6 +41,7 @@ def test_a_checkpoint_with_a_processor_is_asked_about_an_image(tmp_path):
     record = measure(Job(str(tmp_path / "packed"), **SHORT | {"threads": None}, text=str(text), n_windows=1))
     assert record["n_prompt"] > 4
     assert record["perplexity"] > 1
+    assert record["decode_perplexity"] == pytest.approx(record["perplexity"], rel=0.05)
     assert record["megabytes"] > 0
 
 

@@ -24,6 +24,13 @@ def test_perplexity_does_not_depend_on_the_batch_size():
     assert perplexity(model, ids(), batch_size=1) == pytest.approx(perplexity(model, ids(), batch_size=2))
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
+def test_perplexity_through_the_cache_is_the_same(chunk):
+    model = build("llama")
+    whole = perplexity(model, ids())
+    assert perplexity(model, ids(), batch_size=1, chunk=chunk) == pytest.approx(whole, rel=1e-4)
+
+
 def test_perplexity_of_a_uniform_model_is_the_vocabulary():
     model = build("llama")
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
