@@ -3,14 +3,16 @@
     python -m vlmq.eval.edge OUT --smollm2 WORK --threads 2 --results eval/results/edge.json
 
 quantizes the small model that ships with vlmq and SmolLM2-135M (WORK is made by `vlmq.eval.smollm2_data`; left out
-without it) to three widths, keeps the checkpoints in OUT, and measures each in a process of its own. Checkpoints that
-are in OUT already are measured again but not made again; quantizing SmolLM2 takes about five minutes per width.
-Nothing else should run on the machine.
+without it) to three widths, and the ternary ones once more with embeddings in 8 bits; keeps the checkpoints in OUT, and
+measures each in a process of its own. Checkpoints that are in OUT already are measured again but not made again;
+quantizing SmolLM2 takes about five minutes per width. Nothing else should run on the machine.
 """
 
 import argparse
 import json
 import platform
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +20,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import vlmq
 from vlmq.eval.bench_models import SHAPES, Job, bench_models
+from vlmq.eval.demo import SALIENCY
 from vlmq.eval.easy_vqa_data import as_messages, demo_model_path, load_shapes
 from vlmq.eval.report import as_markdown
 from vlmq.eval.smollm2 import BATCH_SIZE, commit
 from vlmq.eval.smollm2_data import calibration_tokens
 
 SCHEMES = ("int4-g64", "ternary-g64", "binary-g64")
+EMBEDDINGS = "int8-g64"
 
 
 def pack_shapes(scheme: str, folder: Path) -> None:
@@ -32,7 +36,9 @@ def pack_shapes(scheme: str, folder: Path) -> None:
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path).eval()
     rows = [as_messages(row) for row in load_shapes("calibration", n_rows=128)]
-    vlmq.quantize(model, vlmq.calib.load(rows, processor, n_samples=128, batch_size=16), scheme)
+    vlmq.quantize(
+        model, vlmq.calib.load(rows, processor, n_samples=128, batch_size=16), scheme, saliency=SALIENCY
+    )
     vlmq.save(model, folder, processor)
 
 
@@ -44,25 +50,30 @@ def pack_smollm2(work: Path, scheme: str, folder: Path) -> None:
     vlmq.save(model, folder, AutoTokenizer.from_pretrained(work / "smollm2"))
 
 
+def pack_missing(out: Path, name: str, pack: Callable[[str, Path], None]) -> list[str]:
+    """Make what is missing of one model in OUT; returns its folders, the narrow embeddings last."""
+    folders = []
+    for scheme in SCHEMES:
+        folder = out / f"{name}-{scheme}"
+        if not folder.exists():
+            print(f"packing {folder.name}", flush=True)
+            pack(scheme, folder)
+        folders.append(folder)
+    folder = out / f"{name}-{SCHEMES[1]}-{EMBEDDINGS}-embeddings"
+    if not folder.exists():
+        ternary = str(folders[1])
+        model = vlmq.pack_embeddings(vlmq.load(ternary), EMBEDDINGS)
+        vlmq.save(model, folder, AutoProcessor.from_pretrained(ternary))
+    return [str(made) for made in (*folders, folder)]
+
+
 def jobs_of(out: Path, work: Path | None, threads: int) -> list[list[Job]]:
     """Make what is missing in OUT; returns one list of jobs per model, the original first."""
-    shapes = [str(demo_model_path())]
-    smollm2 = [] if work is None else [str(work / "smollm2")]
-    for scheme in SCHEMES:
-        folder = out / f"shapes-vlm-{scheme}"
-        if not folder.exists():
-            print(f"packing {folder.name}", flush=True)
-            pack_shapes(scheme, folder)
-        shapes.append(str(folder))
-        if work is None:
-            continue
-        folder = out / f"smollm2-{scheme}"
-        if not folder.exists():
-            print(f"packing {folder.name}", flush=True)
-            pack_smollm2(work, scheme, folder)
-        smollm2.append(str(folder))
+    shapes = [str(demo_model_path()), *pack_missing(out, "shapes-vlm", pack_shapes)]
     groups = [[Job(model, threads=threads, vqa=SHAPES) for model in shapes]]
     if work is not None:
+        packed = pack_missing(out, "smollm2", partial(pack_smollm2, work))
+        smollm2 = [str(work / "smollm2"), *packed]
         groups.append([Job(model, threads=threads, text=str(work / "eval.pt")) for model in smollm2])
     return groups
 

@@ -9,8 +9,7 @@ from packed_models import auto_class, logits, read_tensors
 from torch import nn
 
 import vlmq
-from vlmq.attach import attach
-from vlmq.embedding import QuantEmbedding, find_embedding, pack_embedding, round_rows
+from vlmq.embedding import QuantEmbedding, find_embedding, round_rows
 from vlmq.eval.size import model_size
 from vlmq.linear import QuantLinear
 from vlmq.scheme import parse_scheme
@@ -22,9 +21,7 @@ TIED = ("internvl", "mistral3")
 
 def pack(model, scheme="int8-g64"):
     found = find_embedding(model)
-    pack_embedding(model, found, parse_scheme(scheme))
-    names = dict.fromkeys(found.layers(), scheme)
-    attach(model, names, {}, embeddings=found.looked_up())
+    vlmq.pack_embeddings(model, scheme)
     return found
 
 
@@ -117,6 +114,19 @@ def test_quantize_packs_the_embeddings_last_and_reports_them(family, tmp_path):
     assert size.total_bits == 8 * plan.n_bytes_after
     vlmq.save(model, tmp_path / "packed")
     assert torch.equal(logits(vlmq.load(tmp_path / "packed"), family), logits(model, family))
+
+
+def test_embeddings_of_a_packed_model_are_packed_as_quantize_does(tmp_path):
+    batches = tiny_models.inputs("internvl", 2)
+    at_once = vlmq.quantize(tiny_models.build("internvl"), batches, "int4-g16", embeddings="int8-g64")
+    later = vlmq.quantize(tiny_models.build("internvl"), batches, "int4-g16")
+    vlmq.save(later, tmp_path / "packed")
+    later = vlmq.pack_embeddings(vlmq.load(tmp_path / "packed"))
+    states = at_once.state_dict(), later.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    with pytest.raises(ValueError, match="found QuantEmbedding"):
+        vlmq.pack_embeddings(later)
 
 
 def test_a_refused_embedding_is_found_before_any_work():

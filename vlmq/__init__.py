@@ -9,7 +9,7 @@ Importing vlmq makes packed checkpoints known to transformers, so that its own `
 from vlmq import calib, eval
 from vlmq.checkpoint import load, push, save
 from vlmq.planning import plan
-from vlmq.quantization import quantize
+from vlmq.quantization import pack_embeddings, quantize
 from vlmq.scheme import Scheme
 
-__all__ = ["Scheme", "calib", "eval", "load", "plan", "push", "quantize", "save"]
+__all__ = ["Scheme", "calib", "eval", "load", "pack_embeddings", "plan", "push", "quantize", "save"]

@@ -24,18 +24,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmq.attach import attach
+from vlmq.attach import attach, earlier_quantizer
 from vlmq.block_solving import quantize_block
 from vlmq.calib.batches import as_batches
 from vlmq.calib.block import Block
 from vlmq.calib.saliency import SALIENCIES, prepare, read_options
 from vlmq.calib.tokens import CalibBatch
 from vlmq.calib.walk import walk_blocks
-from vlmq.embedding import pack_embedding
-from vlmq.planning import plan
+from vlmq.embedding import find_embedding, pack_embedding
+from vlmq.planning import EMBEDDING_SOLVER, plan
 from vlmq.progress import Progress, SilentProgress
 from vlmq.run import Run
-from vlmq.scheme import Scheme
+from vlmq.scheme import Scheme, parse_scheme
 
 DEFAULT_ALPHA = 0.5
 DEFAULT_SALIENCY = "uniform"
@@ -106,6 +106,30 @@ def quantize(
             "calibration": getattr(calib_data, "hash", None),
         },
         embeddings=None if recipe.embedding is None else recipe.embedding.looked_up(),
+    )
+    return model
+
+
+def pack_embeddings(model: PreTrainedModel, scheme: str | Scheme = "int8-g64") -> PreTrainedModel:
+    """Pack the token embedding and the output head of a model, packed or not, in place; nothing is calibrated.
+
+    What `quantize(..., embeddings=scheme)` does last.
+
+    Args:
+        model: a model whose token embedding is an nn.Embedding.
+        scheme: format and group size.
+
+    Raises:
+        ValueError: the embedding or the head cannot be packed, or is packed already; an unknown scheme.
+    """
+    found, given = find_embedding(model), parse_scheme(scheme, where="embeddings")
+    earlier_quantizer(model)
+    pack_embedding(model, found, given)
+    attach(
+        model,
+        dict.fromkeys(found.layers(), given.name),
+        {"solver": [EMBEDDING_SOLVER]},
+        embeddings=found.looked_up(),
     )
     return model
 
