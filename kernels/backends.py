@@ -14,12 +14,29 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 from torch import Tensor
 
-from vlmq.kernels import reference
+from vlmq.kernels import cpu, reference
 
 OVERRIDE = "VLMQ_BACKEND"
+
+
+class BoundLayer(Protocol):
+    """A layer as a function of x, which holds the layer's tensors until it is told to let them go."""
+
+    def takes(self, x: Tensor, parts: tuple[Tensor | None, ...]) -> bool:
+        """Say whether x, and (qweight, scales, zeros, bias), are what this was made for."""
+        ...
+
+    def let_go(self) -> None:
+        """Hold the tensors no longer; they must be there at each call all the same."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,20 +44,26 @@ class Backend:
     """One implementation.
 
     `why_not(x, format_name, in_features, group_size)` says why it cannot run, None if it can; of x it may look
-    at shape, dtype and device. `forward` and `grad` are called as the reference's two functions are.
+    at shape, dtype and device. `forward` and `grad` are called as the reference's two functions are. `bind`, where
+    there is one, checks the tensors of a layer (`forward`'s arguments without x) once and returns the layer as a
+    function of x: what a layer calls outside of graphs and gradients, to save the costs of an operator.
     """
 
     name: str
     why_not: Callable[[Tensor, str, int, int], str | None]
     forward: Callable[..., Tensor]
     grad: Callable[..., Tensor] = reference.quant_linear_grad
+    bind: Callable[..., BoundLayer] | None = None
 
 
 def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int) -> str | None:
     return None
 
 
-BACKENDS: tuple[Backend, ...] = (Backend("reference", _runs_always, reference.quant_linear),)
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind),
+    Backend("reference", _runs_always, reference.quant_linear),
+)
 """In order of preference; the last one takes everything."""
 
 
@@ -63,6 +86,10 @@ def choose_backend(x: Tensor, format_name: str, in_features: int, group_size: in
             return backend
     if x.is_cuda and len(BACKENDS) > 1:
         _warn_once(_slow_choice(explain(x, format_name, in_features, group_size)))
+    if x.device.type == "cpu" and (lost := cpu.missing_library()):
+        _warn_once(
+            f"packed layers run in plain PyTorch, many times slower than the CPU kernels would: {lost}"
+        )
     return BACKENDS[-1]
 
 

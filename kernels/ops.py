@@ -12,8 +12,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from vlmq.kernels.backends import choose_backend
+from vlmq.kernels.backends import BoundLayer, choose_backend
+
+Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def runs_plainly(x: Tensor, parts: Parts) -> bool:
+    """Say whether nothing but the result is wanted: no gradient, graph, trace, transform or mode sees the call.
+
+    Then a layer may call a backend itself. It is asked at each call, so the cheapest questions come first.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parts)):
+        return False
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def bind(x: Tensor, parts: Parts, format_name: str, in_features: int, group_size: int) -> BoundLayer | None:
+    """Return the layer as the chosen backend's function of x; None if that backend has no such form.
+
+    It does not hold the tensors, so that a model whose weights come and go keeps none of them: before each call,
+    whoever has them asks `takes`.
+    """
+    backend = choose_backend(x, format_name, in_features, group_size)
+    if backend.bind is None:
+        return None
+    bound = backend.bind(*parts, format_name, in_features, group_size)
+    bound.let_go()
+    return bound
 
 
 @torch.library.custom_op("vlmq::quant_linear", mutates_args=(), device_types=("cpu", "cuda"))

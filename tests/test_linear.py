@@ -2,14 +2,18 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 from random_weights import random_weight
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import initialization
 
+from vlmq import linear
 from vlmq.formats import FORMATS, get_format
+from vlmq.kernels.cpu import MAX_TOKENS
 from vlmq.linear import QuantLinear, true_bits
 
 SHAPES = [(7, 200, 64), (5, 15, 16), (6, 129, None)]
@@ -52,8 +56,60 @@ def test_from_quantized_keeps_the_weight(name, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_equals_a_dense_layer_of_the_same_weight(dtype, device):
     layer = random_layer(dtype=dtype).to(device)
-    x = torch.randn(2, 3, 200, dtype=dtype, device=device)
+    x = torch.randn(2, MAX_TOKENS, 200, dtype=dtype, device=device)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.dequantize(dtype), layer.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_of_few_tokens_differs_by_what_8_bits_round_away(dtype):
+    layer = random_layer(dtype=dtype)
+    x = torch.randn(2, 3, 200, dtype=dtype)
+    dense = nn.functional.linear(x.double(), layer.dequantize().double(), layer.bias.double())
+    assert (layer(x) - dense).norm() < 0.01 * dense.norm()
+
+
+def test_forward_follows_its_tensors():
+    layer, other = random_layer(), random_layer()
+    x = torch.randn(3, 200)
+    before = layer(x)
+    layer.qweight.data = other.qweight.data
+    layer.scales = other.scales
+    layer.load_state_dict(other.state_dict())
+    assert not torch.equal(layer(x), before)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_layer_keeps_no_tensor_that_was_taken_away():
+    layer = random_layer()
+    layer(torch.randn(3, 200))
+    gone = weakref.ref(layer.qweight)
+    layer.qweight = nn.Parameter(layer.qweight.to("meta"), requires_grad=False)
+    assert gone() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_layer_that_has_run_can_be_copied(copied):
+    layer = random_layer()
+    x = torch.randn(3, 200)
+    before = layer(x)
+    assert torch.equal(copied(layer)(x), before)
+    assert torch.equal(layer(x), before)
+
+
+def test_layer_without_gradients_skips_the_operator(monkeypatch):
+    layer = random_layer()
+    monkeypatch.setattr(linear, "quant_linear", None)
+    with torch.no_grad():
+        assert layer(torch.randn(3, 200, requires_grad=True)).shape == (3, 7)
+
+
+def test_layer_under_a_transform_goes_through_the_operator():
+    layer = random_layer()
+    x = torch.randn(3, 200)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        y = layer(mode.from_tensor(x))
+    assert isinstance(y, FakeTensor)
+    assert y.shape == (3, 7)
 
 
 def test_gradient_reaches_the_input_only():

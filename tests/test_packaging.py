@@ -1,5 +1,6 @@
 """The built wheel, installed elsewhere: it holds every source file, and the three folders only under vlmq."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,8 +18,8 @@ def wheel(tmp_path_factory) -> Path:
     """Build from a copy, so that the working tree gets no build folder and lends no stale one."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in ("vlmq", *FOLDERS):
-        copytree(ROOT / folder, source / folder, ignore=ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        copytree(ROOT / folder, source / folder, ignore=ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         copy(ROOT / name, source)
     command = [
         sys.executable,
@@ -69,6 +70,13 @@ def test_wheel_holds_every_source_file(wheel):
     expected |= {f"vlmq/{p.relative_to(ROOT)}" for top in FOLDERS for p in (ROOT / top).rglob("*.py")}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "vlmq" / "assets").rglob("*") if p.is_file()}
     assert sorted(expected - set(zipfile.ZipFile(wheel).namelist())) == []
+
+
+def test_wheel_is_for_any_python_and_holds_the_library_and_no_c(wheel):
+    assert wheel.name.startswith("vlmq-0.1.0-py3-none-")
+    suffixes = {Path(name).suffix for name in zipfile.ZipFile(wheel).namelist()}
+    assert (".so" in suffixes) is (shutil.which("cc") is not None)
+    assert not suffixes & {".c", ".h"}
 
 
 def test_wheel_has_one_top_level_name(wheel):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from vlmq.formats import GROUP_SIZES, Format, QuantizedWeight, n_groups
 from vlmq.kernels import reference
-from vlmq.kernels.ops import quant_linear
+from vlmq.kernels.backends import BoundLayer
+from vlmq.kernels.ops import bind, quant_linear, runs_plainly
 from vlmq.kernels.packing import pack, row_bytes, unpack
 from vlmq.report import LayerReport
 from vlmq.scheme import Scheme
@@ -70,6 +71,7 @@ class QuantLinear(nn.Module):
         self.group_size = group_size
         self.dtype = dtype
         self.report: LayerReport | None = None
+        self._bound: BoundLayer | None = None
         groups = (out_features, n_groups(in_features, group_size))
         width = row_bytes(in_features, format.bits)
         self.qweight = _empty((out_features, width), torch.uint8, device)
@@ -106,17 +108,21 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x (..., in_features); the result (..., out_features) has the dtype of x."""
-        return quant_linear(
-            x,
-            self.qweight,
-            self.scales,
-            self.zeros,
-            self.bias,
-            self.format.name,
-            self.in_features,
-            self.group_size or 0,
-        )
+        """Apply the layer to x (..., in_features); the result (..., out_features) has the dtype of x.
+
+        The operator costs more than a small product does. Where no gradient and no graph needs it, the layer
+        calls its backend, whose choice and checks of the tensors it keeps for as long as the tensors stay.
+        """
+        own = self._parameters
+        parts = own["qweight"], own["scales"], own["zeros"], own["bias"]
+        sizes = self.format.name, self.in_features, self.group_size or 0
+        if runs_plainly(x, parts):
+            bound = self._bound
+            if bound is None or not bound.takes(x, parts):
+                bound = self._bound = bind(x, parts, *sizes)
+            if bound is not None:
+                return bound(x)
+        return quant_linear(x, *parts, *sizes)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the codes, unpacked, with the layer's own scales and zero points (not copies)."""
@@ -156,7 +162,11 @@ class QuantLinear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, scheme={scheme}, true_bits_per_weight={bits:.3f}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_bound": None}  # addresses mean nothing in a copy
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._bound = None
         scales = self.scales
 
         def keep_scales(tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class OnGpu:
     """What a backend may look at of a tensor on a GPU, without one."""
 
     is_cuda = True
+    device = torch.device("cuda")
 
 
 def test_names_are_unique_and_the_last_takes_everything():

@@ -1,0 +1,258 @@
+"""The packed linear layer on a CPU, in C (csrc/).
+
+Up to `MAX_TOKENS` tokens at a time, as in decoding, codes are multiplied as they are stored with activations
+rounded to 8 bits, one scale for each block of 128 inputs (x ~ s c, c in -127 .. 127, s = max|x| / 127):
+
+    y[n, o] = sum_blocks s[n, block] sum_groups scale[o, g] (sum_i L[q[o, i]] c[n, i] - z[o, g] sum_i c[n, i])
+
+with integer sums in the inner parentheses. More tokens are worth a dense product: W is unpacked in C,
+`CHUNK_WEIGHTS` weights at a time, to what the reference unpacks, and multiplied by torch. The peak beside arguments
+and result is one chunk in the dtype of x (float32 for float16, whose product and W stay in float32 here).
+
+Neither the number of threads nor the tokens beside it change a bit of a token's result, except that it is computed in
+one of the two ways. Inputs in float64 and a bias in it are left to the reference.
+"""
+
+import ctypes
+import weakref
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlmq.formats import Format, get_format
+from vlmq.formats import n_groups as count_groups
+from vlmq.kernels.library import FormatRecord, LayerRecord, choose_isa, isa_names, open_library
+from vlmq.kernels.packing import row_bytes
+
+MAX_TOKENS = 16
+CHUNK_WEIGHTS = 2**20
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Plan:
+    """What the C library prepares once for a format, a width of rows, a group size and an instruction set.
+
+    `address` is its place in memory; it is freed with this object.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, fmt: Format, in_features: int, group_size: int, isa: str
+    ) -> None:
+        record = format_record(fmt)
+        index = isa_names(library).index(isa)
+        address = library.vlmq_plan_create(ctypes.byref(record), in_features, group_size, index)
+        if not address:
+            raise RuntimeError(
+                f"no CPU plan for {fmt.name}, {in_features} inputs, group size {group_size}, {isa}"
+            )
+        self.address: int = address
+        self.in_features = in_features
+        self.library = library
+        weakref.finalize(self, library.vlmq_plan_free, address)
+
+
+def why_not(x: Tensor, format_name: str, in_features: int, group_size: int) -> str | None:
+    """Say why the C kernels cannot run on this input; None if they can."""
+    if x.device.type != "cpu":
+        return f"runs on a CPU, not on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"computes in float32, bfloat16 and float16, not in {x.dtype}"
+    return missing_library()
+
+
+def missing_library() -> str | None:
+    """Say why there is no C library; None if there is one."""
+    library = open_library()
+    return library if isinstance(library, str) else None
+
+
+def quant_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Apply the packed linear layer; as `vlmq.kernels.reference.quant_linear`, but for the rounding of x.
+
+    Raises:
+        ValueError: a tensor whose shape, dtype or device does not fit the others.
+    """
+    return bind(qweight, scales, zeros, bias, format_name, in_features, group_size)(x)
+
+
+def bind(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+    *,
+    isa: str | None = None,
+) -> "BoundLayer":
+    """Check the tensors of a layer once, and return the layer as a function of x alone.
+
+    Args:
+        isa: an instruction set that this CPU has; the fastest, or the one of VLMQ_CPU_ISA, unless told.
+
+    Raises:
+        ValueError: a tensor whose shape, dtype or device does not fit the others.
+    """
+    library = open_library()
+    if isinstance(library, str):
+        raise ValueError(f"the CPU kernels cannot run: {library}")
+    fmt = get_format(format_name)
+    check_parts(qweight, scales, zeros, bias, fmt, in_features, group_size)
+    plan = _plan(fmt.name, in_features, group_size, choose_isa(library, isa))
+    return BoundLayer(plan, qweight, scales, zeros, bias)
+
+
+class BoundLayer:
+    """A layer whose tensors were checked, as a function of x. It holds them until `let_go`."""
+
+    def __init__(
+        self, plan: Plan, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
+    ) -> None:
+        self.plan = plan
+        self.held: tuple[Tensor | None, ...] = (qweight, scales, zeros, bias)
+        self.seen = [None if part is None else (part.data_ptr(), part.nbytes) for part in self.held]
+        # What is not contiguous is copied, and the copy stays.
+        parts = [None if part is None else part.detach().contiguous() for part in self.held]
+        self.copies = [
+            p for p, own in zip(parts, self.held, strict=True) if p is not None and not _is_same(p, own)
+        ]
+        self.bias = parts[3]
+        self.out_features = qweight.shape[0]
+        addresses = [None if part is None else part.data_ptr() for part in parts]
+        bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+        self.record = LayerRecord(plan.address, *addresses, self.out_features, bias_dtype)
+        self.address = ctypes.addressof(self.record)
+
+    def let_go(self) -> None:
+        """Hold the tensors no longer: the caller has them, and asks `takes` before each call."""
+        self.held = ()
+
+    def takes(self, x: Tensor, parts: tuple[Tensor | None, ...]) -> bool:
+        """Say whether the kernels can run on x, and the parts are where the bound tensors were."""
+        if not x.is_cpu or x.dtype not in DTYPES:
+            return False
+        for part, seen in zip(parts, self.seen, strict=True):
+            if (None if part is None else (part.data_ptr(), part.nbytes)) != seen:
+                return False
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., in_features) on the CPU; the result (..., out_features) has its dtype.
+
+        Raises:
+            ValueError: a wrong shape, dtype or device.
+        """
+        plan, dtype = self.plan, DTYPES.get(x.dtype)
+        shape = x.shape
+        if dtype is None or not x.is_cpu or not shape or shape[-1] != plan.in_features:
+            raise ValueError(
+                f"x must be (..., {plan.in_features}) in float32, bfloat16 or float16 on the CPU, "
+                f"got {tuple(shape)} {x.dtype} on {x.device}"
+            )
+        n_tokens = x.numel() // plan.in_features
+        if n_tokens > MAX_TOKENS:
+            return self._apply_unpacked(x)
+        x = x.contiguous()
+        out = x.new_empty((*shape[:-1], self.out_features))
+        n_threads = torch.get_num_threads()
+        if plan.library.vlmq_linear(self.address, x.data_ptr(), out.data_ptr(), n_tokens, dtype, n_threads):
+            raise MemoryError(f"no memory for {n_tokens} tokens of {plan.in_features} inputs")
+        return out
+
+    def _apply_unpacked(self, x: Tensor) -> Tensor:
+        """Multiply x with W, unpacked chunk by chunk."""
+        wide = x.float() if x.dtype == torch.float16 else x
+        bias = None if self.bias is None else self.bias.to(wide.dtype)
+        n_rows = max(1, CHUNK_WEIGHTS // self.plan.in_features)
+        out = x.new_empty((*x.shape[:-1], self.out_features))
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, self.out_features, n_rows):
+                rows = slice(start, min(start + n_rows, self.out_features))
+                part = None if bias is None else bias[rows]
+                out[..., rows] = functional.linear(wide, self.unpack(rows, wide.dtype), part)
+        return out
+
+    def unpack(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return rows of W, (n_rows, in_features) in `dtype`, float32 or bfloat16; bounds are not checked."""
+        n_rows = rows.stop - rows.start
+        weight = torch.empty(n_rows, self.plan.in_features, dtype=dtype)
+        args = (self.address, rows.start, n_rows, weight.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+        if self.plan.library.vlmq_unpack(*args):
+            raise MemoryError(f"no memory to unpack {n_rows} rows of {self.plan.in_features} inputs")
+        return weight
+
+
+def format_record(fmt: Format) -> FormatRecord:
+    """Describe the levels of a format to the C library: first + step * table[term][code].
+
+    Raises:
+        ValueError: levels that are not evenly spaced from one first level, which the kernels cannot compute.
+    """
+    terms = [[level[t] for level in fmt.levels] for t in range(fmt.n_terms)]
+    first = terms[0][0]
+    step = min(abs(b - a) for values in terms for a in values for b in values if a != b)
+    steps = [[(value - first) / step for value in values] for values in terms]
+    is_line = fmt.n_terms > 1 or steps[0] == list(range(fmt.n_levels))
+    if not is_line or any(n != int(n) or n < 0 for values in steps for n in values):
+        raise ValueError(f"levels of format {fmt.name} are not evenly spaced: {fmt.levels}")
+    record = FormatRecord(fmt.bits, fmt.n_terms, fmt.has_zero, first, step, fmt.zero_step)
+    if fmt.n_terms > 1:
+        for t, values in enumerate(steps):
+            record.table[t][: len(values)] = [int(n) for n in values]
+    return record
+
+
+def check_parts(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    fmt: Format,
+    in_features: int,
+    group_size: int,
+) -> None:
+    """Check that the parts of a layer have the sizes that the C code, which sees addresses only, will read.
+
+    Raises:
+        ValueError: a shape, dtype or device that is not the expected one.
+    """
+    out_features = qweight.shape[0] if qweight.ndim else 0
+    n_groups = count_groups(in_features, group_size or None)
+    expected = {
+        "qweight": (qweight, (out_features, row_bytes(in_features, fmt.bits)), (torch.uint8,)),
+        "scales": (scales, (out_features, n_groups, fmt.n_terms), (torch.float16,)),
+        "zeros": (zeros, (out_features, n_groups) if fmt.has_zero else None, (torch.uint8,)),
+        "bias": (bias, None if bias is None else (out_features,), tuple(DTYPES)),
+    }
+    for name, (tensor, shape, dtypes) in expected.items():
+        got = None if tensor is None else tuple(tensor.shape)
+        if got != shape or (tensor is not None and (tensor.dtype not in dtypes or not tensor.is_cpu)):
+            seen = "None" if tensor is None else f"{got} {tensor.dtype} on {tensor.device}"
+            wanted = "None" if shape is None else f"{shape} {' or '.join(str(d) for d in dtypes)} on the CPU"
+            raise ValueError(
+                f"{name} of a {fmt.name} layer with {in_features} inputs and group size {group_size} "
+                f"must be {wanted}, got {seen}"
+            )
+
+
+def _is_same(copy: Tensor, own: Tensor | None) -> bool:
+    return own is not None and copy.data_ptr() == own.data_ptr()
+
+
+@cache
+def _plan(format_name: str, in_features: int, group_size: int, isa: str) -> Plan:
+    library = open_library()
+    assert not isinstance(library, str)
+    return Plan(library, get_format(format_name), in_features, group_size, isa)

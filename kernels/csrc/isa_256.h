@@ -1,0 +1,42 @@
+/* What AVX2 and AVX-VNNI share: all but the dot product. */
+#define bytes_t __m256i
+#define plane_t __m256i
+#define table_t __m256i
+#define floats_t __m256
+#define pick_t __m256i
+
+#define LOAD(p) _mm256_loadu_si256((const void *)(p))
+#define LOAD_BITS(p)                                                                   \
+    _mm256_srlv_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p))), \
+                      _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4))
+#define PART(v)                                                                                                \
+    _mm256_shuffle_epi8(                                                                                       \
+        v, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)))
+#define AND_SHIFT(v, shift, mask) \
+    _mm256_and_si256((shift) ? _mm256_srli_epi32(v, shift) : (v), _mm256_set1_epi8(mask))
+#define TABLE(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p)))
+#define LOOK_UP(table, v) _mm256_shuffle_epi8(table, v)
+#define LOAD_X(p) LOAD(p)
+#define NO_SUMS _mm256_setzero_si256()
+#define LOAD_PICK(p) LOAD(p)
+#define PICK(scales, pick) _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), pick)
+#define LOAD_FLOATS(p) _mm256_loadu_ps((const void *)(p))
+#define SAME(f) _mm256_set1_ps(f)
+#define TIMES(a, b) _mm256_mul_ps(a, b)
+#define MINUS(a, b) _mm256_sub_ps(a, b)
+#define HALVES(p) _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p)))
+#define BYTES(p) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p))))
+#define STORE_FLOATS(p, v) _mm256_storeu_ps(p, v)
+#define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define TOTAL(v) total_of_8(v)
+
+#ifndef VLMQ_TOTAL_OF_8
+#define VLMQ_TOTAL_OF_8
+__attribute__((target("avx2"))) static inline float total_of_8(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
+
+#include "instantiate.h"

@@ -1,0 +1,34 @@
+/* What the two ARM paths share: all but the dot product. */
+#define WIDTH 16
+
+#define bytes_t uint8x16_t
+#define plane_t uint8x16_t
+#define table_t uint8x16_t
+#define sums_t int32x4_t
+#define floats_t float32x4_t
+#define pick_t const int32_t *
+
+#define LOAD(p) vld1q_u8((const uint8_t *)(p))
+#define LOAD_BITS(p) LOAD(p)
+#define PART(v) \
+    vcombine_u8(vuzp1_u8(vget_low_u8(v), vget_high_u8(v)), vuzp2_u8(vget_low_u8(v), vget_high_u8(v)))
+#define AND_SHIFT(v, shift, mask) vandq_u8(vshlq_u8(v, vdupq_n_s8(-(shift))), vdupq_n_u8(mask))
+#define TABLE(p) LOAD(p)
+#define LOOK_UP(table, v) vqtbl1q_u8(table, v)
+#define LOAD_X(p) LOAD(p)
+#define NO_SUMS vdupq_n_s32(0)
+#define FLOATS_OF(sums) vcvtq_f32_s32(sums)
+#define LOAD_PICK(p) (p)
+#define PICK(scales, pick) \
+    vcombine_f32(vld1_dup_f32((scales) + (pick)[0]), vld1_dup_f32((scales) + (pick)[2]))
+#define LOAD_FLOATS(p) vld1q_f32((const float *)(const void *)(p))
+#define SAME(f) vdupq_n_f32(f)
+#define TIMES(a, b) vmulq_f32(a, b)
+#define MINUS(a, b) vsubq_f32(a, b)
+#define HALVES(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#define BYTES(p) ((floats_t){(p)[0], (p)[1], (p)[2], (p)[3]})
+#define STORE_FLOATS(p, v) vst1q_f32(p, v)
+#define TIMES_PLUS(a, b, c) vfmaq_f32(c, a, b)
+#define TOTAL(v) vaddvq_f32(v)
+
+#include "instantiate.h"

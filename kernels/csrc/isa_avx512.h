@@ -1,0 +1,39 @@
+/* 64 bytes at a time with the byte dot products of AVX512-VNNI. */
+#define VLMQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define FN(name) name##_avx512vnni
+#define WIDTH 64
+
+#define bytes_t __m512i
+#define plane_t __m512i
+#define table_t __m512i
+#define sums_t __m512i
+#define floats_t __m512
+#define pick_t __m512i
+
+#define LOAD(p) _mm512_loadu_si512(p)
+#define LOAD_BITS(p)                                                                 \
+    _mm512_srlv_epi32(_mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)(p))), \
+                      _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0))
+#define PART(v) \
+    _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)))
+#define AND_SHIFT(v, shift, mask) \
+    _mm512_and_si512((shift) ? _mm512_srli_epi32(v, shift) : (v), _mm512_set1_epi8(mask))
+#define TABLE(p) _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p)))
+#define LOOK_UP(table, v) _mm512_shuffle_epi8(table, v)
+#define LOAD_X(p) LOAD(p)
+#define NO_SUMS _mm512_setzero_si512()
+#define DOT(sums, codes, x) _mm512_dpbusd_epi32(sums, codes, x)
+#define FLOATS_OF(sums) _mm512_cvtepi32_ps(sums)
+#define LOAD_PICK(p) _mm512_loadu_si512(p)
+#define PICK(scales, pick) _mm512_permutexvar_ps(pick, _mm512_loadu_ps(scales))
+#define LOAD_FLOATS(p) _mm512_loadu_ps((const void *)(p))
+#define SAME(f) _mm512_set1_ps(f)
+#define TIMES(a, b) _mm512_mul_ps(a, b)
+#define MINUS(a, b) _mm512_sub_ps(a, b)
+#define HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(p)))
+#define BYTES(p) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p))))
+#define STORE_FLOATS(p, v) _mm512_storeu_ps(p, v)
+#define TIMES_PLUS(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define TOTAL(v) _mm512_reduce_add_ps(v)
+
+#include "instantiate.h"

@@ -1,0 +1,75 @@
+/* A call as the kernels see it, and the memory that they share. */
+#ifndef VLMQ_JOB_H
+#define VLMQ_JOB_H
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "plan.h"
+
+enum { ROWS = 4 };
+
+typedef struct {
+    const vlmq_layer *layer;
+    const vlmq_plan *plan;
+    const void *x;
+    void *out;          /* y of vlmq_linear, W of vlmq_unpack */
+    int64_t n_tokens, first_row, n_rows, chunk_rows;
+    int dtype;
+    uint8_t *images;    /* (n_tokens, token_bytes) */
+    uint8_t *scratch;   /* (n_threads, scratch_bytes) */
+    int64_t scratch_bytes;
+} vlmq_job;
+
+/* What an instruction set offers: each takes a vlmq_job, a chunk and the worker's number. */
+typedef struct {
+    void (*quantize_token)(void *job, int64_t token, int worker);
+    void (*multiply_rows)(void *job, int64_t chunk, int worker);
+    void (*unpack_rows)(void *job, int64_t chunk, int worker);
+} vlmq_kernels;
+
+/* The parts of a worker's scratch. */
+typedef struct {
+    float *scales;   /* (ROWS, n_spans padded) */
+    float *centres;  /* (n_spans padded), scale * centre */
+    float *values;   /* (in_features padded) */
+    int8_t *codes;   /* (in_features padded) */
+    uint8_t *row;    /* (ROWS, row_reach padded), rows whose vectors would leave the tensor */
+} vlmq_scratch;
+
+static int64_t padded_spans(const vlmq_plan *plan) {
+    return round_up(plan->n_spans + PAD_FLOATS, PAD_FLOATS);
+}
+
+static int64_t padded_codes(const vlmq_plan *plan) { return round_up(plan->in_features + BLOCK, 64); }
+
+static int64_t padded_row(const vlmq_plan *plan) { return round_up(plan->row_reach + 64, 64); }
+
+static int64_t scratch_bytes(const vlmq_plan *plan) {
+    int64_t n_floats = (ROWS + 1) * padded_spans(plan) + padded_codes(plan);
+    return round_up(n_floats * (int64_t)sizeof(float) + padded_codes(plan) + ROWS * padded_row(plan), 64);
+}
+
+static vlmq_scratch scratch_of(const vlmq_job *job, int worker) {
+    vlmq_scratch scratch;
+    scratch.scales = (float *)(void *)(job->scratch + worker * job->scratch_bytes);
+    scratch.centres = scratch.scales + ROWS * padded_spans(job->plan);
+    scratch.values = scratch.centres + padded_spans(job->plan);
+    scratch.codes = (int8_t *)(scratch.values + padded_codes(job->plan));
+    scratch.row = (uint8_t *)scratch.codes + padded_codes(job->plan);
+    return scratch;
+}
+
+/* Codes of a row, from a copy if a vector could reach beyond the last row of the tensor. */
+static const uint8_t *row_codes(const vlmq_layer *layer, int64_t row, uint8_t *copy) {
+    const vlmq_plan *plan = layer->plan;
+    const uint8_t *codes = layer->qweight + row * plan->row_bytes;
+    if ((layer->out_features - row) * plan->row_bytes >= plan->row_reach) return codes;
+    memcpy(copy, codes, (size_t)plan->row_bytes);
+    memset(copy + plan->row_bytes, 0, (size_t)(padded_row(plan) - plan->row_bytes));
+    return copy;
+}
+
+static int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#endif

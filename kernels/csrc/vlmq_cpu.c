@@ -1,0 +1,152 @@
+/* Packed linear layers on a CPU: the choice of the instruction set, and the functions of vlmq_cpu.h.
+ *
+ * C11 and pthreads, nothing else. vlmq_cpu.h says what is computed, plan.h in which order, kernel.h how.
+ * Compile with -O3 -ffp-contract=off: a fused multiplication would round tokens differently on each machine.
+ */
+#define _GNU_SOURCE
+
+#include "vlmq_cpu.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the packed layout is little-endian"
+#endif
+
+#include "floats.h"
+#include "job.h"
+#include "plan.h"
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include "isa_avx2.h"
+#include "isa_avx512.h"
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define VLMQ_HAS_AVXVNNI
+#include "isa_avxvnni.h"
+#endif
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#include "isa_neon.h"
+#include "isa_neon_dotprod.h"
+#endif
+
+#include "isa_portable.h"
+
+#if defined(__x86_64__)
+static int has_avx512vnni(void) {
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+#if defined(VLMQ_HAS_AVXVNNI)
+static int has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+#elif defined(__aarch64__)
+static int has_dotprod(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return 1; /* every ARM Mac has them */
+#endif
+}
+#endif
+
+static int has_always(void) { return 1; }
+
+static const struct {
+    const char *name;
+    int width;
+    int (*runs_here)(void);
+    const vlmq_kernels *kernels;
+} isas[] = {
+#if defined(__x86_64__)
+    {"avx512vnni", 64, has_avx512vnni, &kernels_avx512vnni},
+#if defined(VLMQ_HAS_AVXVNNI)
+    {"avxvnni", 32, has_avxvnni, &kernels_avxvnni},
+#endif
+    {"avx2", 32, has_avx2, &kernels_avx2},
+#elif defined(__aarch64__)
+    {"neon-dotprod", 16, has_dotprod, &kernels_neon_dotprod},
+    {"neon", 16, has_always, &kernels_neon},
+#endif
+    {"portable", 16, has_always, &kernels_portable},
+};
+
+enum { N_ISAS = sizeof isas / sizeof *isas };
+
+/* Codes of a chunk of work at least, so that a thread is not woken for less than it costs. */
+enum { MIN_THREAD_CODES = 1 << 18, MIN_CHUNK_CODES = 1 << 15, CHUNKS_PER_THREAD = 8 };
+
+int vlmq_abi(void) { return VLMQ_ABI; }
+
+const char *vlmq_isa_name(int isa) { return isa >= 0 && isa < N_ISAS ? isas[isa].name : NULL; }
+
+int vlmq_isa_runs_here(int isa) { return isa >= 0 && isa < N_ISAS && isas[isa].runs_here(); }
+
+const char *vlmq_forced_isa(void) { return getenv("VLMQ_CPU_ISA"); }
+
+vlmq_plan *vlmq_plan_create(const vlmq_format *format, int64_t in_features, int64_t group_size, int isa) {
+    if (!vlmq_isa_runs_here(isa)) return NULL;
+    return plan_create(format, in_features, group_size, isa, isas[isa].width);
+}
+
+void vlmq_plan_free(vlmq_plan *plan) {
+    if (!plan) return;
+    for (int i = 0; i < MAX_SWEEPS; i++) free(plan->sweeps[i].first_group);
+    free(plan);
+}
+
+/* Threads that a job deserves, and the rows that each takes at a time. */
+static int divide(vlmq_job *job, int64_t n_tokens, int n_threads) {
+    int64_t n_codes = job->n_rows * job->plan->in_features;
+    int64_t n_useful = 1 + n_codes * n_tokens / MIN_THREAD_CODES;
+    int64_t n = min_int64(min_int64(n_threads, VLMQ_MAX_THREADS), n_useful);
+    n = n < 1 ? 1 : n;
+    int64_t least = MIN_CHUNK_CODES / job->plan->in_features, even = job->n_rows / (n * CHUNKS_PER_THREAD);
+    job->chunk_rows = round_up((least > even ? least : even) + 1, ROWS);
+    return (int)n;
+}
+
+static int run_job(vlmq_job *job, vlmq_chunk_function run, int n_threads, int64_t n_tokens) {
+    n_threads = divide(job, n_tokens, n_threads);
+    job->scratch_bytes = scratch_bytes(job->plan);
+    int64_t image_bytes = job->n_tokens * job->plan->token_bytes;
+    void *memory = NULL;
+    if (posix_memalign(&memory, 64, (size_t)(image_bytes + n_threads * job->scratch_bytes))) return -1;
+    job->images = memory;
+    job->scratch = job->images + image_bytes;
+    if (job->n_tokens)
+        pool_run(isas[job->plan->isa].kernels->quantize_token, job, job->n_tokens,
+                 job->n_tokens * job->plan->in_features < MIN_CHUNK_CODES ? 1 : n_threads);
+    pool_run(run, job, (job->n_rows + job->chunk_rows - 1) / job->chunk_rows, n_threads);
+    free(memory);
+    return 0;
+}
+
+int vlmq_linear(const vlmq_layer *layer, const void *x, void *y, int64_t n_tokens, int dtype, int n_threads) {
+    if (!n_tokens) return 0;
+    vlmq_job job = {.layer = layer, .plan = layer->plan, .x = x, .out = y, .n_tokens = n_tokens, .dtype = dtype,
+                    .n_rows = layer->out_features};
+    return run_job(&job, isas[job.plan->isa].kernels->multiply_rows, n_threads, n_tokens);
+}
+
+int vlmq_unpack(const vlmq_layer *layer, int64_t first_row, int64_t n_rows, void *out, int dtype, int n_threads) {
+    vlmq_job job = {.layer = layer, .plan = layer->plan, .out = out, .dtype = dtype, .first_row = first_row,
+                    .n_rows = n_rows};
+    return run_job(&job, isas[job.plan->isa].kernels->unpack_rows, n_threads, 4);
+}

@@ -1,0 +1,73 @@
+/* What the library gives to its caller: no torch, no Python, plain pointers.
+ *
+ *     y[n, o] = sum_t sum_i s[o, g(i), t] (L[q[o, i], t] - z[o, g(i)]) x[n, i] + bias[o]
+ *
+ * The layout of the codes q is that of kernels/packing.py. vlmq_linear rounds x to 8 bits for each block of 128
+ * inputs; vlmq_unpack gives W itself, so that many tokens can go through a dense matrix product.
+ *
+ * A plan holds all that depends on the format, in_features, the group size and the instruction set. It is made
+ * once, never changes, and may be used by many threads at a time. Sizes are the caller's promise: nothing here
+ * can know how long a tensor is.
+ */
+#ifndef VLMQ_CPU_H
+#define VLMQ_CPU_H
+
+#include <stdint.h>
+
+#define VLMQ_ABI 1
+#define VLMQ_MAX_TOKENS 64
+#define VLMQ_MAX_THREADS 64
+
+enum vlmq_dtype { VLMQ_FLOAT32 = 0, VLMQ_BFLOAT16 = 1, VLMQ_FLOAT16 = 2 };
+
+/* Levels of a format: L[q, t] = first + step * table[t][q], or first + step * q where n_terms is 1. */
+typedef struct {
+    int32_t bits;      /* 1, 2, 3, 4 or 8 */
+    int32_t n_terms;   /* 1, or 2 with codes of 2 or 4 bits */
+    int32_t has_zero;  /* z = zeros * zero_step, otherwise 0 */
+    float first, step, zero_step;
+    uint8_t table[2][16];
+} vlmq_format;
+
+typedef struct vlmq_plan vlmq_plan;
+
+/* The tensors of one layer; every array is contiguous. */
+typedef struct {
+    const vlmq_plan *plan;
+    const uint8_t *qweight; /* (out_features, row_bytes) */
+    const uint16_t *scales; /* (out_features, n_groups, n_terms) float16 */
+    const uint8_t *zeros;   /* (out_features, n_groups), or NULL */
+    const void *bias;       /* (out_features,), or NULL */
+    int64_t out_features;
+    int32_t bias_dtype;
+} vlmq_layer;
+
+#if defined(__GNUC__)
+#define VLMQ_EXPORT __attribute__((visibility("default")))
+#else
+#define VLMQ_EXPORT
+#endif
+
+VLMQ_EXPORT int vlmq_abi(void);
+
+/* Instruction sets, fastest first; NULL ends the list. */
+VLMQ_EXPORT const char *vlmq_isa_name(int isa);
+VLMQ_EXPORT int vlmq_isa_runs_here(int isa);
+/* The value of VLMQ_CPU_ISA, NULL if it is not set. */
+VLMQ_EXPORT const char *vlmq_forced_isa(void);
+
+/* group_size 0 is one group per channel. NULL: not enough memory, or arguments that no format has. */
+VLMQ_EXPORT vlmq_plan *vlmq_plan_create(const vlmq_format *format, int64_t in_features, int64_t group_size,
+                                        int isa);
+VLMQ_EXPORT void vlmq_plan_free(vlmq_plan *plan);
+
+/* x (n_tokens, in_features), y (n_tokens, out_features) in `dtype`; n_tokens at most VLMQ_MAX_TOKENS.
+ * The result does not depend on n_threads. Returns 0, or -1 if there is not enough memory. */
+VLMQ_EXPORT int vlmq_linear(const vlmq_layer *layer, const void *x, void *y, int64_t n_tokens, int dtype,
+                            int n_threads);
+
+/* Rows first_row .. first_row + n_rows - 1 of W into out (n_rows, in_features) in float32 or bfloat16. */
+VLMQ_EXPORT int vlmq_unpack(const vlmq_layer *layer, int64_t first_row, int64_t n_rows, void *out, int dtype,
+                            int n_threads);
+
+#endif
