@@ -21,10 +21,16 @@ PART_COLUMNS = (
 MEASURED = (Column("proxy_loss", "Proxy loss", ".2e"), Column("seconds", "Seconds", ".1f"))
 TOKENS = (Column("n_tokens", "Tokens", ","), Column("n_effective", "Effective tokens", ",.0f"))
 LEAST = Column("n_effective", "Effective tokens, least", ",.0f")
+KERNEL_COLUMNS = (
+    Column("kernel", "Kernel"),
+    Column("n_layers", "Layers", ","),
+    Column("reasons", "Why not others"),
+)
 LAYER_COLUMNS = (
     Column("name", "Layer"),
     Column("scheme", "Scheme"),
     Column("shape", "Shape"),
+    Column("kernel", "Kernel"),
     Column("true_bits_per_weight", "True bits per weight", ".3f"),
     Column("solver", "Solver"),
     *MEASURED,
@@ -72,8 +78,20 @@ def layer_table(model: PreTrainedModel) -> Table:
             figures = (report.proxy_loss, report.seconds, report.n_tokens, report.n_effective)
             measured = (report.solver, *figures, notes)
         shape = f"{layer.out_features} x {layer.in_features}"
-        rows.append((name, scheme_name(layer), shape, true_bits(layer) / n_weights_of(layer), *measured))
+        bits = true_bits(layer) / n_weights_of(layer)
+        rows.append((name, scheme_name(layer), shape, layer.kernel(), bits, *measured))
     return Table("Layers", LAYER_COLUMNS, tuple(rows))
+
+
+def kernel_table(model: PreTrainedModel) -> Table:
+    """Which kernels the packed layers take where they are, and why not the others that are preferred."""
+    groups: dict[tuple[str, str], int] = {}
+    for layer in packed_layers(model).values():
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in layer.explain().items() if reason)
+        key = layer.kernel(), reasons
+        groups[key] = groups.get(key, 0) + 1
+    rows = tuple((kernel, n_layers, reasons) for (kernel, reasons), n_layers in sorted(groups.items()))
+    return Table("Kernels", KERNEL_COLUMNS, rows)
 
 
 def packed_layers(model: PreTrainedModel) -> dict[str, QuantLinear]:

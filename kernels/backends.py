@@ -47,6 +47,7 @@ class Backend:
     at shape, dtype and device. `forward` and `grad` are called as the reference's two functions are. `bind`, where
     there is one, checks the tensors of a layer (`forward`'s arguments without x) once and returns the layer as a
     function of x: what a layer calls outside of graphs and gradients, to save the costs of an operator.
+    `detail` says for a listing which variant of it this machine runs.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Backend:
     forward: Callable[..., Tensor]
     grad: Callable[..., Tensor] = reference.quant_linear_grad
     bind: Callable[..., BoundLayer] | None = None
+    detail: Callable[[], str] | None = None
 
 
 def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int) -> str | None:
@@ -61,7 +63,7 @@ def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int)
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind),
+    Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind, detail=cpu.isa_in_use),
     Backend("reference", _runs_always, reference.quant_linear),
 )
 """In order of preference; the last one takes everything."""
@@ -91,6 +93,12 @@ def choose_backend(x: Tensor, format_name: str, in_features: int, group_size: in
             f"packed layers run in plain PyTorch, many times slower than the CPU kernels would: {lost}"
         )
     return BACKENDS[-1]
+
+
+def kernel_name(x: Tensor, format_name: str, in_features: int, group_size: int) -> str:
+    """Return the name of the backend that would run, with its variant: `cpu (avx2)`."""
+    backend = choose_backend(x, format_name, in_features, group_size)
+    return backend.name if backend.detail is None else f"{backend.name} ({backend.detail()})"
 
 
 def explain(x: Tensor, format_name: str, in_features: int, group_size: int) -> dict[str, str | None]:

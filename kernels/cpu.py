@@ -68,6 +68,18 @@ def missing_library() -> str | None:
     return library if isinstance(library, str) else None
 
 
+def isa_in_use() -> str:
+    """Name of the instruction set that a layer bound now would use.
+
+    Raises:
+        ValueError: VLMQ_CPU_ISA names one that this CPU does not have, or there is no library.
+    """
+    library = open_library()
+    if isinstance(library, str):
+        raise ValueError(f"the CPU kernels cannot run: {library}")
+    return choose_isa(library)
+
+
 def quant_linear(
     x: Tensor,
     qweight: Tensor,

@@ -96,6 +96,10 @@ def test_quantize_packs_what_the_overrides_leave(run, packed, folder):
     assert {(row["part"], row["scheme"]) for row in content["parts"]} == {("language", "int4-g32")}
     assert all(row["solver"] and row["proxy_loss"] >= 0 for row in content["layers"])
     assert content["true_bits_per_weight"] == pytest.approx(4.75)
+    (kernels,) = content["kernels"]
+    assert kernels["n_layers"] == len(content["layers"])
+    assert {row["kernel"] for row in content["layers"]} == {kernels["kernel"]}
+    assert kernels["kernel"].split()[0] in {"cpu", "reference"}
     assert content["metadata"]["seed"] == 0
     assert content["metadata"]["options"] == {"n_sweeps": 2}
 

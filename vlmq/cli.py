@@ -20,7 +20,7 @@ from vlmq.eval.evaluation import evaluate
 from vlmq.eval.perplexity import token_windows
 from vlmq.eval.report import Table, as_json, as_rich
 from vlmq.eval.size import disk_bytes, model_size
-from vlmq.eval.summary import layer_table, part_table, plan_table
+from vlmq.eval.summary import kernel_table, layer_table, part_table, plan_table
 from vlmq.eval.vqa import load_rows
 from vlmq.opening import check_device, open_empty, open_model, open_processor
 from vlmq.options import parse_options
@@ -168,10 +168,12 @@ def inspect_command(
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Show what a packed model is made of: parts, true bits, how it was made."""
+    """Show what a packed model is made of: parts, true bits, kernels, how it was made."""
     with terminal.working("loading"):
         loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
-    tables = {"parts": part_table(loaded)} | ({"layers": layer_table(loaded)} if layers else {})
+    tables = {"parts": part_table(loaded), "kernels": kernel_table(loaded)}
+    if layers:
+        tables["layers"] = layer_table(loaded)
     _show_model(loaded, Path(model), json, tables=tables)
 
 

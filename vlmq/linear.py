@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlmq.formats import GROUP_SIZES, Format, QuantizedWeight, n_groups
 from vlmq.kernels import reference
-from vlmq.kernels.backends import BoundLayer
+from vlmq.kernels.backends import BoundLayer, explain, kernel_name
 from vlmq.kernels.ops import bind, quant_linear, runs_plainly
 from vlmq.kernels.packing import pack, row_bytes, unpack
 from vlmq.report import LayerReport
@@ -123,6 +123,16 @@ class QuantLinear(nn.Module):
             if bound is not None:
                 return bound(x)
         return quant_linear(x, *parts, *sizes)
+
+    def kernel(self) -> str:
+        """Name of the kernel that the layer takes where it is now, for one token in the model's dtype."""
+        x = torch.empty(1, self.in_features, dtype=self.dtype, device=self.qweight.device)
+        return kernel_name(x, self.format.name, self.in_features, self.group_size or 0)
+
+    def explain(self) -> dict[str, str | None]:
+        """For each kernel, in order of preference, why the layer cannot take it; None if it can."""
+        x = torch.empty(1, self.in_features, dtype=self.dtype, device=self.qweight.device)
+        return explain(x, self.format.name, self.in_features, self.group_size or 0)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the codes, unpacked, with the layer's own scales and zero points (not copies)."""

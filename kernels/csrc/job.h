@@ -60,14 +60,20 @@ static vlmq_scratch scratch_of(const vlmq_job *job, int worker) {
     return scratch;
 }
 
-/* Codes of a row, from a copy if a vector could reach beyond the last row of the tensor. */
-static const uint8_t *row_codes(const vlmq_layer *layer, int64_t row, uint8_t *copy) {
+/* Whether a vector that starts in the row could reach beyond the last row of the tensor. */
+static int leaves_tensor(const vlmq_layer *layer, int64_t row) {
     const vlmq_plan *plan = layer->plan;
-    const uint8_t *codes = layer->qweight + row * plan->row_bytes;
-    if ((layer->out_features - row) * plan->row_bytes >= plan->row_reach) return codes;
-    memcpy(copy, codes, (size_t)plan->row_bytes);
-    memset(copy + plan->row_bytes, 0, (size_t)(padded_row(plan) - plan->row_bytes));
-    return copy;
+    return (layer->out_features - row) * plan->row_bytes < plan->row_reach;
+}
+
+/* Copies of rows, with zeros after each. */
+static const uint8_t *copy_rows(const vlmq_layer *layer, int64_t first, int64_t n_rows, uint8_t *copies) {
+    const vlmq_plan *plan = layer->plan;
+    memset(copies, 0, (size_t)(n_rows * padded_row(plan)));
+    for (int64_t r = 0; r < n_rows; r++)
+        memcpy(copies + r * padded_row(plan), layer->qweight + (first + r) * plan->row_bytes,
+               (size_t)plan->row_bytes);
+    return copies;
 }
 
 static int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -16,10 +16,12 @@
  * the rows and tokens beside it change a bit of the result.
  */
 
+/* Up to ROWS rows, one after the other at equal distances: few registers hold where they are. */
 typedef struct {
     const uint8_t *codes;
     const float *scales;
-} FN(row);
+    int64_t codes_step, scales_step;
+} FN(rows);
 
 /* Take apart the vector of codes at `p` into its steps. */
 #define UNPACK_VECTOR(plane, p)                                                                              \
@@ -32,7 +34,7 @@ typedef struct {
     } while (0)
 
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
-    const vlmq_plan *plan, const vlmq_sweep *sweep, const FN(row) *rows, const uint8_t *images, float *out,
+    const vlmq_plan *plan, const vlmq_sweep *sweep, FN(rows) rows, const uint8_t *images, float *out,
     const int BITS, const int STEPS, const int UNITS, const int VARIANT, const int N_ROWS, const int N_TOKENS) {
     const int64_t ahead = N_ROWS * plan->row_bytes;
     table_t table = TABLE(sweep->table);
@@ -43,15 +45,17 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
     for (int64_t v = 0; v < sweep->n_vectors; v++) {
         const uint8_t *x = images + sweep->x + v * STEPS * WIDTH;
         const uint8_t *x_scales = images + sweep->x_scales + v * WIDTH;
+        const uint8_t *v_codes = rows.codes + sweep->offset + v * sweep->load_bytes;
+        const float *v_scales = rows.scales + sweep->first_group[v];
 #pragma GCC unroll 4
         for (int r = 0; r < N_ROWS; r++) {
-            const uint8_t *codes = rows[r].codes + sweep->offset + v * sweep->load_bytes;
+            const uint8_t *codes = v_codes + r * rows.codes_step;
             plane_t plane[8];
             __builtin_prefetch(codes + ahead);
             UNPACK_VECTOR(plane, codes);
 #pragma GCC unroll 4
             for (int u = 0; u < UNITS; u++) {
-                floats_t scales = PICK(rows[r].scales + sweep->first_group[v], pick[u]);
+                floats_t scales = PICK(v_scales + r * rows.scales_step, pick[u]);
 #pragma GCC unroll 4
                 for (int t = 0; t < N_TOKENS; t++) {
                     sums_t sums = NO_SUMS;
@@ -69,9 +73,9 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
         const uint8_t *x = images + sweep->tail_x + v * STEPS * WIDTH;
         for (int r = 0; r < N_ROWS; r++) {
             plane_t plane[8];
-            UNPACK_VECTOR(plane, rows[r].codes + sweep->tail_offset + v * sweep->load_bytes);
+            UNPACK_VECTOR(plane, rows.codes + r * rows.codes_step + sweep->tail_offset + v * sweep->load_bytes);
             for (int64_t g = 0; g < plan->n_tail_spans; g++) {
-                floats_t scales = SAME(rows[r].scales[plan->tail_span + g]);
+                floats_t scales = SAME(rows.scales[r * rows.scales_step + plan->tail_span + g]);
 #pragma GCC unroll 4
                 for (int t = 0; t < N_TOKENS; t++) {
                     const uint8_t *image = images + t * plan->token_bytes;
@@ -93,20 +97,20 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
 
 /* All tokens of up to ROWS rows: rows together for one token, tokens together for one row. */
 #define DEFINE_SWEEP(NAME, BITS, STEPS, UNITS, VARIANT)                                                       \
-    VLMQ_TARGET static void FN(NAME)(const vlmq_plan *plan, const vlmq_sweep *sweep, const FN(row) *rows,     \
+    VLMQ_TARGET static void FN(NAME)(const vlmq_plan *plan, const vlmq_sweep *sweep, FN(rows) rows,           \
                                      int64_t n_rows, const uint8_t *images, int64_t n_tokens, float *out) {   \
         if (n_rows == ROWS && n_tokens == 1) {                                                                \
             FN(tile)(plan, sweep, rows, images, out, BITS, STEPS, UNITS, VARIANT, ROWS, 1);                   \
             return;                                                                                           \
         }                                                                                                     \
-        for (int64_t r = 0; r < n_rows; r++) {                                                                \
+        for (int64_t r = 0; r < n_rows; r++, rows.codes += rows.codes_step, rows.scales += rows.scales_step) { \
             int64_t t = 0;                                                                                    \
             float *y = out + r * VLMQ_MAX_TOKENS;                                                             \
             for (; t + 4 <= n_tokens; t += 4)                                                                 \
-                FN(tile)(plan, sweep, rows + r, images + t * plan->token_bytes, y + t, BITS, STEPS, UNITS,    \
+                FN(tile)(plan, sweep, rows, images + t * plan->token_bytes, y + t, BITS, STEPS, UNITS,    \
                          VARIANT, 1, 4);                                                                      \
             for (; t < n_tokens; t++)                                                                         \
-                FN(tile)(plan, sweep, rows + r, images + t * plan->token_bytes, y + t, BITS, STEPS, UNITS,    \
+                FN(tile)(plan, sweep, rows, images + t * plan->token_bytes, y + t, BITS, STEPS, UNITS,    \
                          VARIANT, 1, 1);                                                                      \
         }                                                                                                     \
     }
@@ -135,7 +139,7 @@ DEFINE_SWEEP(look_up_4_2, 4, 2, 2, 1)
 DEFINE_SWEEP(low_nibble, 8, 1, 1, 0)
 DEFINE_SWEEP(high_nibble, 8, 1, 1, 1)
 
-typedef void (*FN(sweep_function))(const vlmq_plan *, const vlmq_sweep *, const FN(row) *, int64_t,
+typedef void (*FN(sweep_function))(const vlmq_plan *, const vlmq_sweep *, FN(rows), int64_t,
                                    const uint8_t *, int64_t, float *);
 
 static FN(sweep_function) FN(sweep_of)(const vlmq_sweep *sweep) {
@@ -219,12 +223,13 @@ VLMQ_TARGET static void FN(multiply_rows)(void *job_, int64_t chunk, int worker)
     for (int64_t first = chunk * job->chunk_rows; first < end; first += ROWS) {
         int64_t n_rows = min_int64(ROWS, end - first);
         float out[ROWS * VLMQ_MAX_TOKENS];
-        FN(row) rows[ROWS];
-        for (int64_t r = 0; r < n_rows; r++) {
-            rows[r].codes = row_codes(layer, first + r, scratch.row + r * padded_row(plan));
-            rows[r].scales = scratch.scales + r * n_spans;
-            memset(out + r * VLMQ_MAX_TOKENS, 0, (size_t)job->n_tokens * sizeof(float));
+        FN(rows) rows = {layer->qweight + first * plan->row_bytes, scratch.scales, plan->row_bytes, n_spans};
+        if (leaves_tensor(layer, first + n_rows - 1)) {
+            rows.codes = copy_rows(layer, first, n_rows, scratch.row);
+            rows.codes_step = padded_row(plan);
         }
+        for (int64_t r = 0; r < n_rows; r++)
+            memset(out + r * VLMQ_MAX_TOKENS, 0, (size_t)job->n_tokens * sizeof(float));
         for (int i = 0; i < plan->n_sweeps; i++) {
             const vlmq_sweep *sweep = &plan->sweeps[i];
             if (i == 0 || sweep->term)

@@ -103,3 +103,12 @@ def test_operator_runs_the_chosen_one(table):
     qweight, scales = torch.zeros(9, 18, dtype=torch.uint8), torch.ones(9, 2, 1, dtype=torch.half)
     ops.quant_linear(torch.randn(2, 72), qweight, scales, None, None, "ternary", 72, 64)
     assert ran == [(2, 72)]
+
+
+def test_name_of_a_kernel_holds_its_variant(table):
+    x = torch.randn(2, 72)
+    table(backend("a"))
+    assert backends.kernel_name(x, "int4", 72, 64) == "a"
+    entry = Backend("b", backend("b").why_not, reference.quant_linear, detail=lambda: "fast")
+    table(entry, backend("a"))
+    assert backends.kernel_name(x, "int4", 72, 64) == "b (fast)"

@@ -1,0 +1,152 @@
+"""Time of the CPU kernels for one token, with weights that come from memory, against torch in the same run.
+
+    python -m vlmq.eval.bench_cpu --threads 2 --json cpu.json
+
+Each layer is (4096, 4096). A row rotates over copies of `ROTATION_BYTES`, more than a cache holds. Rows take turns,
+one call each, so that what disturbs the machine disturbs all; a figure is the median of a row's calls with the
+quartiles beside it. Read bandwidth is that of a sum over as many bytes, by the same threads. The machine must be
+idle: the load average is stored, and above `MAX_LOAD` the figures say little.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from vlmq.eval.report import Column, Table, as_markdown, as_records
+from vlmq.formats import get_format, n_groups
+from vlmq.kernels import cpu
+from vlmq.kernels.library import open_library, usable_isas
+from vlmq.kernels.packing import row_bytes
+
+SIZE = 4096
+ROTATION_BYTES = 100 * 2**20
+MAX_LOAD = 0.5
+FORMATS = (("ternary", 128), ("ternary", 0), ("int2", 64), ("int3", 64), ("int4", 128), ("binary", 128))
+COLUMNS = (
+    Column("name", "Layer"),
+    Column("isa", "Path"),
+    Column("ms", "Median ms", ".3f"),
+    Column("ms_low", "Quartile", ".3f"),
+    Column("ms_high", "Quartile", ".3f"),
+    Column("gb_per_second", "GB/s", ".1f"),
+    Column("bandwidth_share", "Of bandwidth", ".0%"),
+    Column("speedup", "Times torch bf16", ".2f"),
+)
+Call = Callable[[int], object]
+
+
+def packed_layers(format_name: str, group_size: int, isas: list[str]) -> dict[str, tuple[Call, int]]:
+    """Layers of random codes, in turn, for each path: (call of the i-th on one token, bytes of one).
+
+    The paths share the layers and start apart in them, so none finds in a cache what another has just read.
+    """
+    fmt = get_format(format_name)
+    groups = (SIZE, n_groups(SIZE, group_size or None))
+    codes = torch.randint(0, 256, (SIZE, row_bytes(SIZE, fmt.bits)), dtype=torch.uint8)
+    scales = torch.rand(*groups, fmt.n_terms).half()
+    zeros = torch.randint(0, 256, groups, dtype=torch.uint8) if fmt.has_zero else None
+    size_bytes = sum(part.nbytes for part in (codes, scales, zeros) if part is not None)
+    n_layers = 1 + ROTATION_BYTES // size_bytes
+    copies = [
+        (codes.clone(), scales.clone(), None if zeros is None else zeros.clone()) for _ in range(n_layers)
+    ]
+    x = torch.randn(1, SIZE, dtype=torch.bfloat16)
+
+    def calls(isa: str, start: int) -> Call:
+        layers = [cpu.bind(*parts, None, format_name, SIZE, group_size, isa=isa) for parts in copies]
+        return lambda i: layers[(start + i) % n_layers](x)
+
+    return {isa: (calls(isa, k * n_layers // len(isas)), size_bytes) for k, isa in enumerate(isas)}
+
+
+def dense_layers() -> tuple[Call, int]:
+    """The same with torch's bfloat16 linear layer."""
+    size_bytes = 2 * SIZE * SIZE
+    weights = [torch.randn(SIZE, SIZE, dtype=torch.bfloat16) for _ in range(1 + ROTATION_BYTES // size_bytes)]
+    x = torch.randn(1, SIZE, dtype=torch.bfloat16)
+    return lambda i: functional.linear(x, weights[i % len(weights)]), size_bytes
+
+
+def torch_int4_layers() -> tuple[Call, int]:
+    """The same with torch's own int4 operator, in groups of 128."""
+    size_bytes = SIZE * SIZE // 2 + 4 * SIZE * SIZE // 128
+    weights = []
+    for _ in range(1 + ROTATION_BYTES // size_bytes):
+        codes = torch.randint(0, 16, (SIZE, SIZE), dtype=torch.int32)
+        weights.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+    scales = torch.randn(SIZE // 128, SIZE, 2, dtype=torch.bfloat16)
+    x = torch.randn(1, SIZE, dtype=torch.bfloat16)
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return lambda i: multiply(x, weights[i % len(weights)], 128, scales), size_bytes
+
+
+def read_all() -> tuple[Call, int]:
+    """A sum over a block of memory, in turn: the bandwidth that reading can reach."""
+    blocks = [torch.ones(2**22, dtype=torch.int64) for _ in range(4)]
+    return lambda i: blocks[i % 4].sum(), blocks[0].nbytes
+
+
+def measure(calls: dict[tuple[str, str], tuple[Call, int]], n_rounds: int) -> Table:
+    """Time the rows in turns; medians and quartiles in milliseconds, bandwidth against that of `read`."""
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for i in range(n_rounds):
+        for key, (call, _) in calls.items():
+            start = time.perf_counter()
+            call(i)
+            times[key].append(1e3 * (time.perf_counter() - start))
+    medians = {key: statistics.median(values[2:]) for key, values in times.items()}
+    rates = {key: calls[key][1] / medians[key] / 1e6 for key in calls}
+    top, dense = rates["read", "torch"], medians["bfloat16", "torch"]
+    rows = []
+    for key in calls:
+        low, _, high = statistics.quantiles(times[key][2:], n=4)
+        rows.append((*key, medians[key], low, high, rates[key], rates[key] / top, dense / medians[key]))
+    return Table(f"{SIZE} x {SIZE}, one token", COLUMNS, tuple(rows))
+
+
+def main() -> None:
+    """Read the arguments, measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=60, help="calls of each row")
+    parser.add_argument("--isa", nargs="*", help="paths to time; all but portable unless told")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    arguments = parser.parse_args()
+    library = open_library()
+    if isinstance(library, str):
+        raise SystemExit(f"nothing to time: {library}")
+    load = os.getloadavg()[0]
+    if load > MAX_LOAD:
+        print(f"load average {load:.1f}: other jobs run here, the figures are only indicative")
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    isas = arguments.isa or [isa for isa in usable_isas(library) if isa != "portable"]
+    calls = {("read", "torch"): read_all(), ("bfloat16", "torch"): dense_layers()}
+    calls["int4-g128", "torch"] = torch_int4_layers()
+    for name, group_size in FORMATS:
+        scheme = f"{name}-g{group_size}" if group_size else f"{name}-channel"
+        calls |= {(scheme, isa): row for isa, row in packed_layers(name, group_size, isas).items()}
+    with torch.inference_mode():
+        table = measure(calls, arguments.rounds)
+    print(as_markdown(table))
+    if arguments.json:
+        machine = {"cpu": platform.processor() or platform.machine(), "n_cores": os.cpu_count(), "load": load}
+        record: dict[str, Any] = {
+            "machine": machine,
+            "torch": torch.__version__,
+            "threads": arguments.threads,
+        }
+        arguments.json.write_text(json.dumps(record | {"rows": as_records(table)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
