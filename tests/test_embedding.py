@@ -87,7 +87,8 @@ def test_a_cast_changes_the_vectors_dtype_and_not_the_packed_values():
 
 
 @pytest.mark.parametrize("family", ["internvl", "llama"])
-def test_a_packed_model_can_be_dequantized(family):
+def test_a_packed_model_can_be_dequantized(family, monkeypatch):
+    monkeypatch.setenv("VLMQ_BACKEND", "reference")  # the CPU kernels round the inputs of few tokens
     model = tiny_models.build(family)
     pack(model)
     before = logits(model, family)
