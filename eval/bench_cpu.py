@@ -22,12 +22,14 @@ import torch
 from torch.nn import functional
 
 from vlmq.eval.report import Column, Table, as_markdown, as_records
+from vlmq.eval.roofline import Point
 from vlmq.formats import get_format, n_groups
 from vlmq.kernels import cpu
 from vlmq.kernels.library import open_library, usable_isas
 from vlmq.kernels.packing import row_bytes
 
 SIZE = 4096
+PEAK_SIZE = 2048
 ROTATION_BYTES = 100 * 2**20
 MAX_LOAD = 0.5
 FORMATS = (("ternary", 128), ("ternary", 0), ("int2", 64), ("int3", 64), ("int4", 128), ("binary", 128))
@@ -113,6 +115,78 @@ def measure(calls: dict[tuple[str, str], tuple[Call, int]], n_rounds: int) -> Ta
     return Table(f"{SIZE} x {SIZE}, one token", COLUMNS, tuple(rows))
 
 
+def dense_peak(n_rounds: int = 5) -> float:
+    """Operations per second of a large bfloat16 product by torch: the flat part of the roofline."""
+    a = torch.randn(PEAK_SIZE, PEAK_SIZE, dtype=torch.bfloat16)
+    times = []
+    for _ in range(n_rounds):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * PEAK_SIZE**3 / statistics.median(times)
+
+
+def bench_cpu(
+    threads: int, *, n_rounds: int = 60, isas: list[str] | None = None
+) -> tuple[Table, dict[str, Any]]:
+    """Time all rows.
+
+    Args:
+        threads: of torch and of the kernels.
+        n_rounds: calls of each row, at least 4.
+        isas: paths to time; None is all that this CPU has but the portable one.
+
+    Returns:
+        the table, and a record of it with the machine, its load and the ceilings.
+
+    Raises:
+        ValueError: there is no C library, or it has no such path here.
+    """
+    library = open_library()
+    if isinstance(library, str):
+        raise ValueError(f"there are no CPU kernels to time: {library}")
+    usable = usable_isas(library)
+    chosen = isas or [isa for isa in usable if isa != "portable"]
+    unknown = [isa for isa in chosen if isa not in usable]
+    if unknown or n_rounds < 4:
+        raise ValueError(
+            f"expected paths among {' '.join(usable)} and at least 4 rounds, got {' '.join(chosen)} and {n_rounds}"
+        )
+    load = os.getloadavg()[0]
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    calls = {("read", "torch"): read_all(), ("bfloat16", "torch"): dense_layers()}
+    calls["int4-g128", "torch"] = torch_int4_layers()
+    for name, group_size in FORMATS:
+        scheme = f"{name}-g{group_size}" if group_size else f"{name}-channel"
+        calls |= {(scheme, isa): row for isa, row in packed_layers(name, group_size, chosen).items()}
+    with torch.inference_mode():
+        table = measure(calls, n_rounds)
+        peak = dense_peak()
+    machine = {"cpu": platform.processor() or platform.machine(), "n_cores": os.cpu_count(), "load": load}
+    record = {"machine": machine, "torch": torch.__version__, "threads": threads, "dense_peak": peak}
+    return table, record | {"rows": as_records(table)}
+
+
+def roofline_points(record: dict[str, Any]) -> tuple[list[Point], float]:
+    """Points of the roofline from a record, the fastest path of each layer, and the bandwidth in bytes per second."""
+    points, bandwidth = [], 0.0
+    fastest: dict[tuple[str, bool], float] = {}
+    for row in record["rows"]:
+        key = row["name"], row["isa"] == "torch"
+        fastest[key] = min(row["ms"], fastest.get(key, row["ms"]))
+    for row in record["rows"]:
+        if row["ms"] > fastest[row["name"], row["isa"] == "torch"]:
+            continue
+        n_bytes = row["gb_per_second"] * row["ms"] * 1e6
+        if row["name"] == "read":
+            bandwidth = row["gb_per_second"] * 1e9
+            continue
+        series = f"{row['name']} ({row['isa']})"
+        points.append(Point(series, n_bytes, 2.0 * SIZE * SIZE, row["ms"] / 1e3))
+    return points, bandwidth
+
+
 def main() -> None:
     """Read the arguments, measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -121,31 +195,14 @@ def main() -> None:
     parser.add_argument("--isa", nargs="*", help="paths to time; all but portable unless told")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
-    library = open_library()
-    if isinstance(library, str):
-        raise SystemExit(f"nothing to time: {library}")
-    load = os.getloadavg()[0]
-    if load > MAX_LOAD:
-        print(f"load average {load:.1f}: other jobs run here, the figures are only indicative")
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    isas = arguments.isa or [isa for isa in usable_isas(library) if isa != "portable"]
-    calls = {("read", "torch"): read_all(), ("bfloat16", "torch"): dense_layers()}
-    calls["int4-g128", "torch"] = torch_int4_layers()
-    for name, group_size in FORMATS:
-        scheme = f"{name}-g{group_size}" if group_size else f"{name}-channel"
-        calls |= {(scheme, isa): row for isa, row in packed_layers(name, group_size, isas).items()}
-    with torch.inference_mode():
-        table = measure(calls, arguments.rounds)
+    table, record = bench_cpu(arguments.threads, n_rounds=arguments.rounds, isas=arguments.isa)
+    if record["machine"]["load"] > MAX_LOAD:
+        print(
+            f"load average {record['machine']['load']:.1f}: other jobs run here, the figures are only indicative"
+        )
     print(as_markdown(table))
     if arguments.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "n_cores": os.cpu_count(), "load": load}
-        record: dict[str, Any] = {
-            "machine": machine,
-            "torch": torch.__version__,
-            "threads": arguments.threads,
-        }
-        arguments.json.write_text(json.dumps(record | {"rows": as_records(table)}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 INK, GREY, LINE = "#1d2733", "#66717e", "#d5dae1"
-COLORS = ("#1f6feb", "#c2410c", "#12703c", "#7c3aed", "#b3261e", "#0e7490", "#a16207", "#66717e")
-MARKERS = "osD^vP*X"
+COLORS = ("#1f6feb", "#c2410c", "#12703c", "#7c3aed", "#b3261e", "#0e7490", "#a16207", "#66717e", "#be185d")
+MARKERS = "osD^vP*X<"
 GIGA = 1e9
 
 
@@ -89,7 +89,7 @@ def draw_roofline(
             [p.rate / GIGA for p in mine],
             MARKERS[number % len(MARKERS)],
             color=COLORS[number % len(COLORS)],
-            label=f"{series}, {share:.0%} of the roof",
+            label=f"{series}, {share:.0%}",
             markersize=7,
         )
     _finish(axes)
@@ -109,4 +109,8 @@ def _finish(axes: Axes) -> None:
     axes.tick_params(colors=GREY)
     for spine in axes.spines.values():
         spine.set_color(LINE)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9, labelcolor=INK)
+    legend = axes.legend(
+        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9, labelcolor=INK
+    )
+    legend.set_title("share of the roof", prop={"size": 9})
+    legend.set_alignment("left")

@@ -1,26 +1,33 @@
-"""The command `vlmq bench`: how fast models generate, and what they need."""
+"""The command `vlmq bench`: how fast models generate and what they need, and how fast the kernels are."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from vlmq import terminal
+from vlmq.eval.bench_cpu import MAX_LOAD, bench_cpu, roofline_points
 from vlmq.eval.bench_models import PRESET, Job, bench_models
 from vlmq.eval.presets import PRESETS
-from vlmq.eval.report import as_json, as_markdown, as_rich
+from vlmq.eval.report import Table, as_json, as_markdown, as_rich
+from vlmq.eval.roofline import draw_roofline
 
+GPU_SCRIPT = "python -m vlmq.eval.bench_gpu"
 PRESET_NAMES = ", ".join(PRESETS)
 
 
 def bench_command(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Folders or hub names, packed or not; or preset:NAME for random weights of a known shape "
             f"({PRESET_NAMES}). The first is the baseline."
         ),
-    ],
+    ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time the kernels on layers of random codes instead of models.")
+    ] = False,
     scheme: Annotated[
         list[str] | None,
         typer.Option(help="Also measure each preset packed so, with random codes. Repeatable."),
@@ -44,6 +51,12 @@ def bench_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure how fast MODELS generate, their memory, and with --text or --vqa their quality."""
+    if kernels == bool(models):
+        raise ValueError("vlmq bench takes models to measure, or --kernels, and not both")
+    if kernels:
+        table, record = _bench_kernels(device, threads, out)
+        _show_bench(table, record, "kernels", out, json)
+        return
     jobs = [
         Job(
             model,
@@ -58,19 +71,49 @@ def bench_command(
             n_questions=n_questions,
             trust_remote_code=trust_remote_code,
         )
-        for model in expand(models, scheme or [])
+        for model in expand(models or [], scheme or [])
     ]
     table, records = bench_models(jobs, report=terminal.show_step)
-    content = as_json({"models": records})
-    if json:
-        typer.echo(content)
-    else:
-        terminal.out.print(as_rich(table))
+    _show_bench(table, {"models": records}, "bench", out, json)
+
+
+def _bench_kernels(device: str | None, threads: int | None, out: Path | None) -> tuple[Table, dict[str, Any]]:
+    """Time the kernels of the CPU; with a folder, draw them under the roofline of the machine."""
+    if device not in (None, "cpu"):
+        raise ValueError(f"--kernels times those of the CPU, got --device {device}; for a GPU: {GPU_SCRIPT}")
+    terminal.show_step("timing the CPU kernels, about half a minute")
+    table, record = bench_cpu(threads or torch.get_num_threads())
+    if record["machine"]["load"] > MAX_LOAD:
+        terminal.show_warning(
+            f"load average {record['machine']['load']:.1f}: other jobs run here, the figures say little"
+        )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.json").write_text(content + "\n")
-        (out / "bench.md").write_text(as_markdown(table))
-        terminal.show_step(f"wrote {out / 'bench.json'} and {out / 'bench.md'}")
+        points, bandwidth = roofline_points(record)
+        subtitle = f"4096 x 4096, weights from memory, {record['threads']} thread(s), torch {record['torch']}"
+        title = "Packed layers on this CPU, one token"
+        draw_roofline(
+            out / "roofline.png",
+            title,
+            points,
+            bandwidth=bandwidth,
+            peak=record["dense_peak"],
+            subtitle=subtitle,
+        )
+    return table, record
+
+
+def _show_bench(table: Table, content: dict[str, Any], name: str, out: Path | None, json: bool) -> None:
+    text = as_json(content)
+    if json:
+        typer.echo(text)
+    else:
+        terminal.show_table(as_rich(table))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(text + "\n")
+        (out / f"{name}.md").write_text(as_markdown(table))
+        terminal.show_step(f"wrote {out / name}.json and {name}.md")
 
 
 def expand(models: list[str], schemes: list[str]) -> list[str]:
