@@ -1,0 +1,278 @@
+"""The packed linear layer on a GPU: which kernel takes which number of tokens, and the launches.
+
+    up to MAX_FUSED_TOKENS    `triton_matmul`, one pass over the packed weight
+    above, and in float32     `triton_dequant` into a workspace, then the vendor's matrix product
+
+Everything is launched without a host read, and buffers come from torch's allocator, so a call can be captured in a
+CUDA graph. Beside x and y the fused path holds splits * n_tokens * out_features float32 partial sums, the other one
+WORKSPACE_BYTES of dequantized rows at most.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmq.formats import Format, get_format
+from vlmq.kernels.packing import row_bytes
+from vlmq.kernels.triton_config import MAX_FUSED_TOKENS, MatmulConfig, default_matmul
+from vlmq.kernels.triton_dequant import dequantize_kernel
+from vlmq.kernels.triton_matmul import matmul_kernel, reduce_kernel
+
+WORKSPACE_BYTES = 2**27
+"""Largest buffer of dequantized weights, unless a single row is larger."""
+
+_REDUCE_BLOCK = 512
+
+
+def quant_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Apply the packed linear layer.
+
+    Args:
+        x: (..., in_features) float16, bfloat16 or float32.
+        qweight: (out_features, row_bytes) uint8, like the other arguments as in
+            `vlmq.kernels.reference.quant_linear`.
+
+    Returns:
+        (..., out_features) in the dtype of x.
+    """
+    rows = x.reshape(-1, in_features).contiguous()
+    weight = (qweight, scales, zeros, format_name, in_features, group_size)
+    with _on_device(x), torch.autocast(x.device.type, enabled=False):
+        if rows.dtype == torch.float32 or rows.shape[0] > MAX_FUSED_TOKENS:
+            y = dequantized_linear(rows, *weight, bias)
+        else:
+            y = fused_linear(rows, *weight, bias)
+    return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def quant_linear_grad(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Gradient of the layer's input, grad @ W; (..., in_features) in the dtype of `grad`.
+
+    Where the workspace does not hold all rows, the products of its parts are summed in float32.
+    """
+    rows = grad.reshape(-1, grad.shape[-1])
+    step = _workspace_rows(in_features, grad.dtype)
+    with _on_device(grad), torch.autocast(grad.device.type, enabled=False):
+        total: Tensor | None = None
+        for part in _slices(qweight.shape[0], step):
+            weight = _dequantize(
+                qweight, scales, zeros, format_name, in_features, group_size, part, grad.dtype
+            )
+            product = rows[:, part] @ weight
+            if step < qweight.shape[0]:
+                product = product.float()
+            total = product if total is None else total.add_(product)
+    assert total is not None  # a layer has at least one row
+    return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+def fused_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    *,
+    config: MatmulConfig | None = None,
+    use_assembly: bool | None = None,
+) -> Tensor:
+    """Multiply by the packed weight in one pass.
+
+    Args:
+        x: (n_tokens, in_features) float16 or bfloat16, contiguous.
+        config: tiles; by default those of the table for this GPU and shape.
+        use_assembly: False for the plain form that the interpreter runs too; by default wherever it can be used.
+
+    Returns:
+        (n_tokens, out_features) in the dtype of x.
+    """
+    fmt = get_format(format_name)
+    (n_tokens, _), out_features = x.shape, qweight.shape[0]
+    y = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
+    if n_tokens == 0:
+        return y
+    config = config or default_matmul(
+        n_tokens, out_features, in_features, fmt.bits, group_size, _n_processors(x.device)
+    )
+    is_split = config.splits > 1
+    target = y
+    if is_split:
+        target = torch.empty(config.splits, n_tokens, out_features, dtype=torch.float32, device=x.device)
+    interpreted = triton.knobs.runtime.interpret
+    compute = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+    if interpreted and compute == tl.bfloat16:
+        compute = tl.float32
+    lanes, row_units, high_units, unit = _lanes(qweight, fmt, in_features)
+    grid = (
+        triton.cdiv(out_features, config.block_n),
+        triton.cdiv(n_tokens, config.block_m),
+        config.splits,
+    )
+    matmul_kernel[grid](
+        x,
+        lanes,
+        scales,
+        zeros,
+        None if is_split else bias,
+        target,
+        n_tokens,
+        out_features,
+        in_features,
+        row_units,
+        high_units,
+        UNIT=unit,
+        FORMAT=_kernel_format(fmt),
+        GROUP=group_size,
+        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m,
+        BLOCKS=config.blocks,
+        TAIL=in_features % 128 != 0,
+        COMPUTE=compute,
+        ASM=not interpreted if use_assembly is None else use_assembly,
+        **_launch_options(config.warps, config.stages),
+    )
+    if is_split:
+        grid = (triton.cdiv(n_tokens * out_features, _REDUCE_BLOCK),)
+        options = _launch_options(4, 1)
+        reduce_kernel[grid](
+            target, bias, y, n_tokens, out_features, config.splits, BLOCK=_REDUCE_BLOCK, **options
+        )
+    return y
+
+
+def dequantized_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply x (n_tokens, in_features) by rows that are dequantized into a workspace, as many as it holds."""
+    out_features = qweight.shape[0]
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    for part in _slices(out_features, _workspace_rows(in_features, x.dtype)):
+        weight = _dequantize(qweight, scales, zeros, format_name, in_features, group_size, part, x.dtype)
+        if bias is None:
+            torch.mm(x, weight.T, out=y[:, part])
+        else:
+            torch.addmm(bias[part].to(x.dtype), x, weight.T, out=y[:, part])
+    return y
+
+
+def dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the whole matrix W, (out_features, in_features) in `dtype`, equal to `reference.dequantize`."""
+    with _on_device(qweight):
+        rows = slice(0, qweight.shape[0])
+        return _dequantize(qweight, scales, zeros, format_name, in_features, group_size, rows, dtype)
+
+
+def _dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+    rows: slice,
+    dtype: torch.dtype,
+) -> Tensor:
+    fmt = get_format(format_name)
+    lanes, row_units, high_units, unit = _lanes(qweight[rows], fmt, in_features)
+    out = torch.empty(lanes.shape[0], in_features, dtype=dtype, device=qweight.device)
+    block_n = 16
+    dequantize_kernel[(triton.cdiv(in_features, 128), triton.cdiv(lanes.shape[0], block_n))](
+        lanes,
+        scales[rows],
+        None if zeros is None else zeros[rows],
+        out,
+        lanes.shape[0],
+        in_features,
+        row_units,
+        high_units,
+        UNIT=unit,
+        FORMAT=_kernel_format(fmt),
+        GROUP=group_size,
+        BLOCK_N=block_n,
+        **_launch_options(4, 1),
+    )
+    return out
+
+
+def _kernel_format(fmt: Format) -> tuple[int, int, float, float]:
+    """(bits, terms, first level, step of the levels); of two planes the step is that of one plane, first is unused."""
+    if fmt.n_terms == 1:
+        first, second = fmt.levels[0][0], fmt.levels[1][0]
+        return fmt.bits, 1, first, second - first
+    return fmt.bits, fmt.n_terms, 0.0, fmt.levels[1][0] - fmt.levels[0][0]
+
+
+def _lanes(qweight: Tensor, fmt: Format, in_features: int) -> tuple[Tensor, int, int, int]:
+    """Packed rows as (out_features, lanes) uint16; lanes of a row and before the third bits, in units; the unit."""
+    lanes = qweight.view(torch.uint16)
+    high = row_bytes(in_features, 2) // 2 if fmt.bits == 3 else 0
+    unit = math.gcd(lanes.shape[1], high, 16)
+    return lanes, lanes.shape[1] // unit, high // unit, unit
+
+
+def _slices(n: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _workspace_rows(in_features: int, dtype: torch.dtype) -> int:
+    return max(1, WORKSPACE_BYTES // (in_features * dtype.itemsize))
+
+
+def _launch_options(warps: int, stages: int) -> dict[str, int | bool]:
+    if triton.knobs.runtime.interpret:
+        return {}
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _n_processors(device: torch.device) -> int:
+    return _count_processors(device) if device.type == "cuda" else 8
+
+
+@cache
+def _count_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
