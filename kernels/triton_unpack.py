@@ -124,7 +124,9 @@ def _kind(dtype):
 
 @triton.constexpr_function
 def _bits_of(value, dtype):
-    """Bit pattern of a normal number that the 16-bit float format holds exactly."""
+    """Bit pattern of zero or a normal number that the 16-bit float format holds exactly."""
+    if value == 0:
+        return 0
     bias, n_mantissa = (15, 10) if dtype == tl.float16 else (127, 7)
     sign = 1 if value < 0 else 0
     value = -value if sign else value

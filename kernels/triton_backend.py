@@ -1,0 +1,67 @@
+"""The table's entry for the Triton kernels: why they cannot run, and the calls; triton is imported at the first one.
+
+Triton is optional, takes a second to import, and decides at import whether it is interpreted, so nothing here imports
+it before a tensor on a GPU needs it.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(x: Tensor, format_name: str, in_features: int, group_size: int) -> str | None:
+    """Return why the kernels cannot take x, None if they can; every format and group size is taken."""
+    if not x.is_cuda:
+        return f"runs on NVIDIA GPUs, x is on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"takes float16, bfloat16 and float32, x is {x.dtype}"
+    return _why_not_on(x.device)
+
+
+def quant_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Apply the packed linear layer, as `vlmq.kernels.reference.quant_linear`."""
+    from vlmq.kernels import triton_linear
+
+    return triton_linear.quant_linear(
+        x, qweight, scales, zeros, bias, format_name, in_features, group_size
+    )
+
+
+def quant_linear_grad(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Gradient of the layer's input, as `vlmq.kernels.reference.quant_linear_grad`."""
+    from vlmq.kernels import triton_linear
+
+    return triton_linear.quant_linear_grad(grad, qweight, scales, zeros, format_name, in_features, group_size)
+
+
+@cache
+def _why_not_on(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "holds NVIDIA assembly, this is a ROCm build of torch"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0, this GPU has {major}.{minor}"
+    return None

@@ -1,0 +1,101 @@
+"""Machine code of the kernels without a GPU: compiled ahead of time, taken apart, counted."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from vlmq.formats import get_format  # noqa: E402
+from vlmq.kernels import triton_linear  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What a kernel became: all its instructions, those of its main loop, registers and bytes."""
+
+    all: Counter[str]
+    loop: Counter[str]
+    registers: int
+    shared_bytes: int
+
+    @property
+    def n_spills(self) -> int:
+        return self.all["LDL"] + self.all["STL"]
+
+
+def skip_without_tools() -> None:
+    missing = [name for name in ("ptxas", "nvdisasm", "cuobjdump") if not (TOOLS / name).exists()]
+    if missing:
+        pytest.skip(f"triton was installed without {', '.join(missing)}")
+
+
+def kernel_format(name: str) -> tuple[int, int, float, float]:
+    return triton_linear._kernel_format(get_format(name))
+
+
+def compile_kernel(
+    kernel, arch: int, pointers: dict[str, str | None], constants: dict, *, warps: int = 4, stages: int = 1
+) -> MachineCode:
+    """Compile for sm_<arch>: `pointers` have types (None: no such tensor), other arguments are int32.
+
+    Pointers and sizes are multiples of 16, as those of large layers are.
+    """
+    constants = constants | {name: None for name, kind in pointers.items() if kind is None}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names
+    }
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind != "constexpr" and name not in ("M", "n_tokens", "n_splits")
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code, usage = _output("nvdisasm", "-c", file.name), _output("cuobjdump", "-res-usage", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    loop = max(_loops(code), key=len, default=[])
+    return MachineCode(_count(code.splitlines()), _count(loop), int(registers[1]), compiled.metadata.shared)
+
+
+def _output(tool: str, *args: str) -> str:
+    command = [str(TOOLS / tool), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def _loops(code: str) -> list[list[str]]:
+    """Lines between each label and a later branch back to it."""
+    lines = code.splitlines()
+    labels: dict[str, int] = {}
+    loops = []
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = i
+        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if branch and branch[1] in labels:
+            loops.append(lines[labels[branch[1]] : i + 1])
+    return loops
+
+
+def _count(lines: list[str]) -> Counter[str]:
+    found = (_INSTRUCTION.search(line) for line in lines)
+    return Counter(match[1].split(".")[0] for match in found if match)
