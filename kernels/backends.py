@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vlmq.kernels import cpu, reference
+from vlmq.kernels import cpu, reference, triton_backend
 
 OVERRIDE = "VLMQ_BACKEND"
 
@@ -64,6 +64,7 @@ def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int)
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind, detail=cpu.isa_in_use),
+    Backend("triton", triton_backend.why_not, triton_backend.quant_linear, triton_backend.quant_linear_grad),
     Backend("reference", _runs_always, reference.quant_linear),
 )
 """In order of preference; the last one takes everything."""

@@ -35,9 +35,7 @@ def quant_linear(
     """Apply the packed linear layer, as `vlmq.kernels.reference.quant_linear`."""
     from vlmq.kernels import triton_linear
 
-    return triton_linear.quant_linear(
-        x, qweight, scales, zeros, bias, format_name, in_features, group_size
-    )
+    return triton_linear.quant_linear(x, qweight, scales, zeros, bias, format_name, in_features, group_size)
 
 
 def quant_linear_grad(

@@ -149,6 +149,84 @@ def _products(
 
 
 @triton.jit
+def _whole_block_products(
+    acc,
+    p_x,
+    m_x,
+    p_w,
+    p_s,
+    p_z,
+    K,
+    high_lanes,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Add the products of this split's blocks of 128 codes.
+
+    p_x: (1, BLOCK_M) rows of x, p_w: (BLOCK_N, 1) packed rows, p_s and p_z: (BLOCK_N,) rows of scales, zero points.
+    """
+    BITS: tl.constexpr = FORMAT[0]
+    TERMS: tl.constexpr = FORMAT[1]
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    CODES: tl.constexpr = codes_per_step(BITS, BLOCKS)
+    COLUMNS: tl.constexpr = columns(BITS, GROUP, BLOCKS)
+    LANES: tl.constexpr = codes_per_plane(BITS)
+    n_blocks = K // 128
+    share = tl.cdiv(tl.cdiv(n_blocks, BLOCKS), tl.num_programs(2)) * BLOCKS
+    first = tl.program_id(2) * share
+    last = tl.minimum(first + share, n_blocks)
+    o_column = tl.arange(0, COLUMNS)
+    twice = (o_column // 16 * 8 + o_column % 8)[None, :]
+    p_x_tile = p_x + (o_column // CODES * 128 + o_column % CODES)[:, None]
+    p_high = p_w + high_lanes + twice
+    p_low = p_w + (twice if BITS == 1 and BLOCKS == 1 else o_column[None, :])
+
+    t0 = tl.zeros_like(acc)
+    t1 = tl.zeros_like(acc)
+    PER_BLOCK: tl.constexpr = 0 if GROUP == 0 else 128 // GROUP
+    stored = _load_group(p_s, p_z, tl.minimum(first, tl.maximum(n_blocks - 1, 0)) * PER_BLOCK, TERMS)
+    for block in range(first, last, BLOCKS):
+        ahead = stored
+        if GROUP == 128:
+            # One block ahead: tensor cores need not wait for the scale.
+            ahead = _load_group(p_s, p_z, tl.minimum(block + 1, last - 1), TERMS)
+        m_w = None
+        m_x_tile = m_x
+        if BLOCKS > 1:
+            m_block = (block + o_column // CODES) < n_blocks
+            m_w = m_block[None, :]
+            m_x_tile = m_x & m_block[:, None]
+        acc, t0, t1 = _products(
+            acc,
+            t0,
+            t1,
+            stored,
+            p_x_tile + block * 128,
+            m_x_tile,
+            p_low + block * LANES,
+            p_high + block * 8,
+            m_w,
+            p_s + block * PER_BLOCK * TERMS,
+            None if p_z is None else p_z + block * PER_BLOCK,
+            FORMAT,
+            GROUP,
+            BLOCKS,
+            COMPUTE,
+            ASM,
+        )
+        stored = ahead
+    if GROUP == 0:
+        factors = _factors(stored, False, FORMAT, DTYPE, COMPUTE)
+        acc = t0 * factors[0]
+        if TERMS == 2:
+            acc += t1 * factors[1]
+    return acc
+
+
+@triton.jit
 def _tail_products(
     acc,
     p_x,
@@ -225,12 +303,7 @@ def matmul_kernel(
 
     Grid: (tiles of N, tiles of M, splits of K).
     """
-    BITS: tl.constexpr = FORMAT[0]
     TERMS: tl.constexpr = FORMAT[1]
-    CODES: tl.constexpr = codes_per_step(BITS, BLOCKS)
-    COLUMNS: tl.constexpr = columns(BITS, GROUP, BLOCKS)
-    LANES: tl.constexpr = codes_per_plane(BITS)
-    DTYPE: tl.constexpr = p_x.dtype.element_ty
     tl.static_assert(BLOCKS == 1 or GROUP == 0)
     tl.static_assert(BLOCK_N >= 16 and BLOCK_M >= 16)
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -244,58 +317,10 @@ def matmul_kernel(
     p_row = p_weight + row[:, None] * (row_units * UNIT)
     m_x = (o_m < M)[None, :]
     p_x_rows = p_x + o_m.to(tl.int64)[None, :] * K
-
-    o_column = tl.arange(0, COLUMNS)
-    twice = o_column // 16 * 8 + o_column % 8
-    o_lane = twice if BITS == 1 and BLOCKS == 1 else o_column
-    p_w = p_row + o_lane[None, :]
-    p_high = p_row + high_units * UNIT + twice[None, :]
-    p_x_tile = p_x_rows + (o_column // CODES * 128 + o_column % CODES)[:, None]
-
-    n_blocks = K // 128
-    share = tl.cdiv(tl.cdiv(n_blocks, BLOCKS), tl.num_programs(2)) * BLOCKS
-    first = i_s * share
-    last = tl.minimum(first + share, n_blocks)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    t0 = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    t1 = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    PER_BLOCK: tl.constexpr = 0 if GROUP == 0 else 128 // GROUP
-    stored = _load_group(p_s, p_z, tl.minimum(first, tl.maximum(n_blocks - 1, 0)) * PER_BLOCK, TERMS)
-    for block in range(first, last, BLOCKS):
-        ahead = stored
-        if GROUP == 128:
-            # One block ahead: tensor cores need not wait for the scale.
-            ahead = _load_group(p_s, p_z, tl.minimum(block + 1, last - 1), TERMS)
-        m_w = None
-        m_x_tile = m_x
-        if BLOCKS > 1:
-            m_block = (block + o_column // CODES) < n_blocks
-            m_w = m_block[None, :]
-            m_x_tile = m_x & m_block[:, None]
-        acc, t0, t1 = _products(
-            acc,
-            t0,
-            t1,
-            stored,
-            p_x_tile + block * 128,
-            m_x_tile,
-            p_w + block * LANES,
-            p_high + block * 8,
-            m_w,
-            p_s + block * PER_BLOCK * TERMS,
-            None if p_zeros is None else p_z + block * PER_BLOCK,
-            FORMAT,
-            GROUP,
-            BLOCKS,
-            COMPUTE,
-            ASM,
-        )
-        stored = ahead
-    if GROUP == 0:
-        factors = _factors(stored, False, FORMAT, DTYPE, COMPUTE)
-        acc = t0 * factors[0]
-        if TERMS == 2:
-            acc += t1 * factors[1]
+    acc = _whole_block_products(
+        acc, p_x_rows, m_x, p_row, p_s, p_z, K, high_units * UNIT, FORMAT, GROUP, BLOCKS, COMPUTE, ASM
+    )
     if TAIL and i_s == tl.num_programs(2) - 1:
         acc = _tail_products(
             acc,
@@ -317,11 +342,11 @@ def matmul_kernel(
     tl.store(p_tile, acc.to(p_y.dtype.element_ty), mask=m_x & (o_n < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["n_splits"])
-def reduce_kernel(p_partial, p_bias, p_y, n_tokens, N, n_splits, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "n_splits"])
+def reduce_kernel(p_partial, p_bias, p_y, M, N, n_splits, BLOCK: tl.constexpr):
     """y[m, n] = sum over splits of partial[split, m, n], in order, + bias[n]; grid (cdiv(M * N, BLOCK),)."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    n = n_tokens.to(tl.int64) * N
+    n = M.to(tl.int64) * N
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(n_splits):
         total += tl.load(p_partial + i * n + o, mask=o < n, other=0.0)

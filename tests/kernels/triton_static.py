@@ -62,7 +62,7 @@ def compile_kernel(
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("M", "n_tokens", "n_splits")
+        if kind != "constexpr" and name not in ("M", "n_splits")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
