@@ -51,7 +51,7 @@ def quant_linear(
     """
     rows = x.reshape(-1, in_features).contiguous()
     weight = (qweight, scales, zeros, format_name, in_features, group_size)
-    with _on_device(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         if rows.dtype == torch.float32 or rows.shape[0] > MAX_FUSED_TOKENS:
             y = dequantized_linear(rows, *weight, bias)
         else:
@@ -74,7 +74,7 @@ def quant_linear_grad(
     """
     rows = grad.reshape(-1, grad.shape[-1])
     step = _workspace_rows(in_features, grad.dtype)
-    with _on_device(grad), torch.autocast(grad.device.type, enabled=False):
+    with on_device(grad), torch.autocast(grad.device.type, enabled=False):
         total: Tensor | None = None
         for part in _slices(qweight.shape[0], step):
             weight = _dequantize(
@@ -117,7 +117,7 @@ def fused_linear(
     if n_tokens == 0:
         return y
     config = config or default_matmul(
-        n_tokens, out_features, in_features, fmt.bits, group_size, _n_processors(x.device)
+        n_tokens, out_features, in_features, fmt.bits, group_size, n_processors(x.device)
     )
     is_split = config.splits > 1
     target = y
@@ -146,7 +146,7 @@ def fused_linear(
         row_units,
         high_units,
         UNIT=unit,
-        FORMAT=_kernel_format(fmt),
+        FORMAT=kernel_format(fmt),
         GROUP=group_size,
         BLOCK_N=config.block_n,
         BLOCK_M=config.block_m,
@@ -154,14 +154,10 @@ def fused_linear(
         TAIL=in_features % 128 != 0,
         COMPUTE=compute,
         ASM=not interpreted if use_assembly is None else use_assembly,
-        **_launch_options(config.warps, config.stages),
+        **launch_options(config.warps, config.stages),
     )
     if is_split:
-        grid = (triton.cdiv(n_tokens * out_features, _REDUCE_BLOCK),)
-        options = _launch_options(4, 1)
-        reduce_kernel[grid](
-            target, bias, y, n_tokens, out_features, config.splits, BLOCK=_REDUCE_BLOCK, **options
-        )
+        sum_splits(target, bias, y)
     return y
 
 
@@ -197,7 +193,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the whole matrix W, (out_features, in_features) in `dtype`, equal to `reference.dequantize`."""
-    with _on_device(qweight):
+    with on_device(qweight):
         rows = slice(0, qweight.shape[0])
         return _dequantize(qweight, scales, zeros, format_name, in_features, group_size, rows, dtype)
 
@@ -226,15 +222,23 @@ def _dequantize(
         row_units,
         high_units,
         UNIT=unit,
-        FORMAT=_kernel_format(fmt),
+        FORMAT=kernel_format(fmt),
         GROUP=group_size,
         BLOCK_N=block_n,
-        **_launch_options(4, 1),
+        **launch_options(4, 1),
     )
     return out
 
 
-def _kernel_format(fmt: Format) -> tuple[int, int, float, float]:
+def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write sum of partial (splits, n_tokens, out_features) float32 over the splits, in order, plus bias, to y."""
+    n_splits, n_tokens, out_features = partial.shape
+    grid = (triton.cdiv(n_tokens * out_features, _REDUCE_BLOCK),)
+    options = launch_options(4, 1)
+    reduce_kernel[grid](partial, bias, y, n_tokens, out_features, n_splits, BLOCK=_REDUCE_BLOCK, **options)
+
+
+def kernel_format(fmt: Format) -> tuple[int, int, float, float]:
     """(bits, terms, first level, step of the levels); of two planes the step is that of one plane, first is unused."""
     if fmt.n_terms == 1:
         first, second = fmt.levels[0][0], fmt.levels[1][0]
@@ -258,18 +262,20 @@ def _workspace_rows(in_features: int, dtype: torch.dtype) -> int:
     return max(1, WORKSPACE_BYTES // (in_features * dtype.itemsize))
 
 
-def _launch_options(warps: int, stages: int) -> dict[str, int | bool]:
+def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
+    """Options of a launch; the interpreter takes none."""
     if triton.knobs.runtime.interpret:
         return {}
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of x."""
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of x the current one: Triton launches there."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _n_processors(device: torch.device) -> int:
+def n_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; eight stand for the interpreter's CPU."""
     return _count_processors(device) if device.type == "cuda" else 8
 
 

@@ -45,7 +45,7 @@ def skip_without_tools() -> None:
 
 
 def kernel_format(name: str) -> tuple[int, int, float, float]:
-    return triton_linear._kernel_format(get_format(name))
+    return triton_linear.kernel_format(get_format(name))
 
 
 def compile_kernel(

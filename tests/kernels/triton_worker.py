@@ -13,7 +13,7 @@ from random_weights import random_weight
 from torch import Tensor
 
 from vlmq.formats import QuantizedWeight, get_format
-from vlmq.kernels import reference, triton_linear
+from vlmq.kernels import reference, triton_int8, triton_linear
 from vlmq.kernels.packing import pack
 from vlmq.kernels.triton_config import MatmulConfig
 
@@ -116,3 +116,34 @@ def same_bits(
         triton_linear.fused_linear(x, *_arguments(weight), config=MatmulConfig(*fused)) for _ in range(2)
     )
     return torch.equal(first, second)
+
+
+def int8_error(
+    name: str,
+    group_size: int | None,
+    dtype: torch.dtype,
+    n_tokens: int,
+    shape: tuple[int, int],
+    codes: str = "random",
+) -> float:
+    """Relative error of decoding with 8-bit activations against float64 with the same rounded activations."""
+    torch.manual_seed(0)
+    weight = _weight(name, shape, group_size, codes)
+    x = torch.randn(n_tokens, shape[1]).to(dtype)
+    x[0, 3:5] = 0
+    bias = torch.randn(shape[0]).to(dtype)
+    tensors = _arguments(weight)
+    y = triton_int8.quant_linear(x, *tensors[:3], bias, *tensors[3:])
+    assert (y.shape, y.dtype) == ((n_tokens, shape[0]), dtype)
+    largest = x.float().abs().amax(1, keepdim=True)
+    rounded = (x.float() * (127 / largest) + 0.5).floor().double() * (largest.double() / 127)
+    return _relative_error(y, rounded @ weight.dequantize().double().T + bias.double())
+
+
+def int8_of_zeros(name: str) -> bool:
+    """Whether a token of zeros gives the bias, and no division by zero."""
+    weight = _weight(name, (9, 128), None, "random")
+    bias = torch.randn(9)
+    tensors = _arguments(weight)
+    y = triton_int8.quant_linear(torch.zeros(1, 128), *tensors[:3], bias, *tensors[3:])
+    return torch.equal(y[0], bias)

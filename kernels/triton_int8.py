@@ -1,0 +1,238 @@
+"""Decode with 8-bit activations: four codes times four activations in one instruction (dp4a), sums in integers.
+
+    y[m, o] = s[o] sx[m] (sum_k q[o, k] xq[m, k] - c[o] sum_k xq[m, k])
+    xq = floor(x / sx + 1/2),  sx = max |x| / 127 of the token
+
+At 2 bits and below, a GPU cannot unpack codes to floats as fast as it reads them; four bytes of codes are one shift and
+one mask. It rounds activations, so it is never chosen unasked: call `quant_linear`.
+
+A 32-bit word j of a block holds lanes 2j and 2j + 1 (`vlmq.kernels.packing`). Masked after a shift by b i, its four
+bytes are the codes k = L i + 2j + (0, 64, 1, 65), L = 8 b lanes, for every width b. Activations are stored as words of
+the same order, (tokens, 8 / b, words of a row) int32, by the kernel that quantizes them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmq.formats import get_format
+from vlmq.kernels.triton_linear import kernel_format, launch_options, n_processors, on_device, sum_splits
+
+ONES = tl.constexpr(0x01010101)
+BLOCK_N = 8
+
+
+@triton.jit
+def quantize_kernel(
+    p_x, p_words, p_scales, K, BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Quantize a row of x to int8 words, BLOCK words of each position; grid (tokens, cdiv(words of a row, BLOCK)).
+
+    Args:
+        p_x: (tokens, K), K a multiple of 128. p_words: (tokens, 8 / BITS, K * BITS / 32) int32.
+        p_scales: (tokens,) float32.
+    """
+    WORDS: tl.constexpr = 4 * BITS
+    i_m = tl.program_id(0)
+    p_row = p_x + i_m.to(tl.int64) * K
+    # Each program of a row finds the largest anew: the row is in the cache, another launch would cost more.
+    largest = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        o = k + tl.arange(0, BLOCK_K)
+        largest = tl.maximum(largest, tl.abs(tl.load(p_row + o, mask=o < K, other=0.0).to(tl.float32)))
+    top = tl.max(largest, axis=0)
+    inverse = tl.where(top > 0, 127.0 / tl.maximum(top, 1e-30), 0.0)
+    n_words = K // 128 * WORDS
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_word = word < n_words
+    for i in tl.static_range(8 // BITS):
+        p_first = p_row + word // WORDS * 128 + i * 2 * WORDS + word % WORDS * 2
+        packed = tl.zeros([BLOCK], dtype=tl.int32)
+        for byte in tl.static_range(4):
+            x = tl.load(p_first + byte // 2 + byte % 2 * 64, mask=m_word, other=0.0).to(tl.float32)
+            q = tl.floor(x * inverse + 0.5).to(tl.int32)
+            packed = packed | ((q & 255) << (8 * byte))
+        tl.store(p_words + (i_m.to(tl.int64) * (8 // BITS) + i) * n_words + word, packed, mask=m_word)
+    tl.store(p_scales + i_m, top / 127.0, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _dot4(codes, x, total, ASM: tl.constexpr):
+    """total + the sum of four unsigned bytes of `codes` times four signed ones of `x`."""
+    if ASM:
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, total], tl.int32, True, 1
+        )
+    else:
+        for byte in tl.static_range(4):
+            total += ((codes >> (8 * byte)) & 255) * ((x << (24 - 8 * byte)) >> 24)
+    return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_matmul_kernel(
+    p_words,
+    p_x_scales,
+    p_weight,
+    p_scales,
+    p_zeros,
+    p_y,
+    M,
+    N,
+    n_words,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One split's partial sums of one token and BLOCK_N outputs; for one warp, so that rows share x in registers.
+
+    Args:
+        p_words, p_x_scales: of `quantize_kernel`.
+        p_weight: (N, n_words) int32. p_scales: (N, groups, 1) float16. p_zeros: (N, groups) uint8 or None.
+        p_y: (splits, M, N) float32.
+        FORMAT: (bits, 1, first level, step of the levels), of 1, 2 or 4 bits.
+        GROUP: 0 (one group per channel) or 128.
+
+    Grid: (tiles of N, M, splits of the words).
+    """
+    BITS: tl.constexpr = FORMAT[0]
+    WORDS: tl.constexpr = 4 * BITS
+    N_GROUPS: tl.constexpr = BLOCK_WORDS // WORDS
+    tl.static_assert(FORMAT[1] == 1 and (GROUP == 0 or GROUP == 128))
+    i_m, i_s = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(o_n, N - 1).to(tl.int64)
+    share = tl.cdiv(tl.cdiv(n_words, BLOCK_WORDS), tl.num_programs(2)) * BLOCK_WORDS
+    total = tl.zeros([BLOCK_N, BLOCK_WORDS], dtype=tl.int32)
+    x_total = tl.zeros([1, BLOCK_WORDS], dtype=tl.int32)
+    acc = tl.zeros([BLOCK_N, N_GROUPS], dtype=tl.float32)
+    for start in range(i_s * share, tl.minimum((i_s + 1) * share, n_words), BLOCK_WORDS):
+        o_w = start + tl.arange(0, BLOCK_WORDS)[None, :]
+        m_w = o_w < n_words
+        # [BLOCK_N, BLOCK_WORDS]
+        p_w = p_weight + row[:, None] * n_words + o_w
+        # Words beyond the row meet activations of zero: what they hold does not count.
+        w = tl.load(p_w, mask=m_w, eviction_policy="evict_first")
+        if GROUP != 0:
+            total = tl.zeros_like(total)
+            x_total = tl.zeros_like(x_total)
+        for i in tl.static_range(8 // BITS):
+            # [1, BLOCK_WORDS]
+            x = tl.load(p_words + (i_m * (8 // BITS) + i) * n_words + o_w, mask=m_w, other=0)
+            total = _dot4((w >> (BITS * i)) & (((1 << BITS) - 1) * ONES), x, total, ASM)
+            x_total = _dot4(x * 0 + ONES, x, x_total, ASM)
+        if GROUP != 0:
+            # [BLOCK_N, N_GROUPS]
+            t = tl.sum(tl.reshape(total, [BLOCK_N, N_GROUPS, WORDS]), axis=2).to(tl.float32)
+            x_sum = tl.sum(tl.reshape(x_total, [1, N_GROUPS, WORDS]), axis=2).to(tl.float32)
+            n_groups = n_words // WORDS
+            o_g = tl.minimum(start // WORDS + tl.arange(0, N_GROUPS), n_groups - 1)[None, :]
+            group = row[:, None] * n_groups + o_g
+            s, centre = _line(p_scales + group, None if p_zeros is None else p_zeros + group, FORMAT)
+            acc += s * (t - centre * x_sum)
+    if GROUP == 0:
+        s, centre = _line(p_scales + row, None if p_zeros is None else p_zeros + row, FORMAT)
+        y = s * (tl.sum(total, axis=1).to(tl.float32) - centre * tl.sum(x_total).to(tl.float32))
+    else:
+        y = tl.sum(acc, axis=1)
+    y *= tl.load(p_x_scales + i_m)
+    tl.store(p_y + (i_s.to(tl.int64) * M + i_m) * N + o_n, y, mask=o_n < N)
+
+
+@triton.jit
+def _line(p_s, p_z, FORMAT: tl.constexpr):
+    """Scale of a step of the levels, and the code that stands for zero; float32, in the shape of the pointers."""
+    s = tl.load(p_s).to(tl.float32) * FORMAT[3]
+    if p_z is None:
+        centre = s * 0 - FORMAT[2] / FORMAT[3]
+    else:
+        centre = tl.load(p_z).to(tl.float32) * 2.0 ** (FORMAT[0] - 8)
+    return s, centre
+
+
+def why_not(format_name: str, in_features: int, group_size: int) -> str | None:
+    """Return why a layer cannot be multiplied with 8-bit activations, None if it can."""
+    fmt = get_format(format_name)
+    if fmt.n_terms != 1 or fmt.bits not in (1, 2, 4):
+        return f"takes one plane of 1, 2 or 4 bits, not {format_name}"
+    if in_features % 128:
+        return f"takes in_features in multiples of 128, not {in_features}"
+    if group_size not in (0, 128):
+        return f"takes groups of 128 and channels, not groups of {group_size}"
+    return None
+
+
+def quant_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+    *,
+    use_assembly: bool | None = None,
+) -> Tensor:
+    """Apply the packed linear layer to activations that are rounded to 8 bits, one scale per token.
+
+    Args:
+        x: (..., in_features) float16, bfloat16 or float32; few tokens, as in decoding: each reads all weights anew.
+        qweight: like the other arguments as in `vlmq.kernels.reference.quant_linear`.
+        use_assembly: False for the plain form that the interpreter runs too.
+
+    Returns:
+        (..., out_features) in the dtype of x.
+
+    Raises:
+        ValueError: a format, size or group size that the kernel does not take (`why_not`).
+    """
+    if reason := why_not(format_name, in_features, group_size):
+        raise ValueError(f"decoding with 8-bit activations {reason}")
+    fmt = get_format(format_name)
+    rows = x.reshape(-1, in_features).contiguous()
+    (n_tokens, _), out_features = rows.shape, qweight.shape[0]
+    y = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
+    if n_tokens:
+        n_words = in_features * fmt.bits // 32
+        tiles = triton.cdiv(out_features, BLOCK_N) * n_tokens
+        splits = 1
+        while splits < 16 and splits * tiles <= 16 * n_processors(x.device) and 512 * splits <= n_words:
+            splits *= 2
+        words = torch.empty(n_tokens, 8 // fmt.bits, n_words, dtype=torch.int32, device=x.device)
+        x_scales = torch.empty(n_tokens, dtype=torch.float32, device=x.device)
+        partial = torch.empty(splits, n_tokens, out_features, dtype=torch.float32, device=x.device)
+        with on_device(x):
+            quantize_kernel[(n_tokens, triton.cdiv(n_words, 128))](
+                rows,
+                words,
+                x_scales,
+                in_features,
+                BITS=fmt.bits,
+                BLOCK_K=4096,
+                BLOCK=128,
+                **launch_options(8, 1),
+            )
+            grid = (triton.cdiv(out_features, BLOCK_N), n_tokens, splits)
+            int8_matmul_kernel[grid](
+                words,
+                x_scales,
+                qweight.view(torch.int32),
+                scales,
+                zeros,
+                partial,
+                n_tokens,
+                out_features,
+                n_words,
+                FORMAT=kernel_format(fmt),
+                GROUP=group_size,
+                BLOCK_N=BLOCK_N,
+                BLOCK_WORDS=128,
+                ASM=not triton.knobs.runtime.interpret if use_assembly is None else use_assembly,
+                **launch_options(1, 1),
+            )
+            sum_splits(partial, bias, y)
+    return y.view(*x.shape[:-1], out_features)
