@@ -1,12 +1,21 @@
 """How the kernels are cut into tiles: a table of tuned entries, and a rule where it has none.
 
-The table is data (`kernels/tuned/*.json`, and a user's file of the same form beside it): no kernel is timed while a
-model runs, so nothing is decided under the capture of a CUDA graph, and the same shapes run the same way on the same
-machine. A key names the architecture, the kernel, the width, the planes, the group size and the sizes; tokens are
-rounded up to a power of two.
+The table is data: what ships in `triton_tuned.json` beside this file, and over it a user's file of the same form, which
+`vlmq.kernels.triton_tune.tune` writes. It is read once in a process. No kernel is timed while a model runs: nothing is
+decided under the capture of a CUDA graph, and the same shapes run the same way. An entry is
+
+    "sm_90 matmul bits=4 terms=1 group=128 out=4096 in=4096 tokens=16":
+        [block_n, block_m, blocks, splits, warps, stages]
+
+with the number of tokens rounded up to a power of two.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SHIPPED = Path(__file__).with_name("triton_tuned.json")
 
 MAX_FUSED_TOKENS = 256
 """Above it the weight is dequantized once and the vendor's product taken."""
@@ -22,6 +31,46 @@ class MatmulConfig:
     splits: int
     warps: int
     stages: int
+
+
+def matmul_key(
+    arch: str, n_tokens: int, out_features: int, in_features: int, bits: int, n_terms: int, group_size: int
+) -> str:
+    """Name of a shape in the table; `arch` is sm_<compute capability>."""
+    bucket = 1 << (n_tokens - 1).bit_length()
+    sizes = f"out={out_features} in={in_features} tokens={bucket}"
+    return f"{arch} matmul bits={bits} terms={n_terms} group={group_size} {sizes}"
+
+
+@cache
+def tuned_table() -> dict[str, MatmulConfig]:
+    """Return the shipped entries, and over them the user's."""
+    user = user_table()
+    return read_table(SHIPPED) | (read_table(user) if user.exists() else {})
+
+
+def user_table() -> Path:
+    """Return the user's file of tuned entries, which need not exist."""
+    return Path.home() / ".cache" / "vlmq" / "triton_tuned.json"
+
+
+def read_table(path: Path) -> dict[str, MatmulConfig]:
+    """Read a file of tuned entries.
+
+    Raises:
+        ValueError: the file is no object of lists of six positive integers.
+    """
+    try:
+        entries = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no table of tuned kernels: {error}; delete it or tune again") from error
+    for key, values in entries.items() if isinstance(entries, dict) else [("the file", entries)]:
+        is_list = isinstance(values, list) and len(values) == 6
+        if not is_list or not all(isinstance(value, int) and value > 0 for value in values):
+            raise ValueError(
+                f"{path}: {key} must be six positive integers, got {values!r}; delete it or tune again"
+            )
+    return {key: MatmulConfig(*values) for key, values in entries.items()}
 
 
 def default_matmul(

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from vlmq.formats import Format, get_format
 from vlmq.kernels.packing import row_bytes
-from vlmq.kernels.triton_config import MAX_FUSED_TOKENS, MatmulConfig, default_matmul
+from vlmq.kernels.triton_config import (
+    MAX_FUSED_TOKENS,
+    MatmulConfig,
+    default_matmul,
+    matmul_key,
+    tuned_table,
+)
 from vlmq.kernels.triton_dequant import dequantize_kernel
 from vlmq.kernels.triton_matmul import matmul_kernel, reduce_kernel
 
@@ -116,9 +122,7 @@ def fused_linear(
     y = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
     if n_tokens == 0:
         return y
-    config = config or default_matmul(
-        n_tokens, out_features, in_features, fmt.bits, group_size, n_processors(x.device)
-    )
+    config = config or choose_config(x, out_features, fmt, group_size)
     is_split = config.splits > 1
     target = y
     if is_split:
@@ -230,6 +234,17 @@ def _dequantize(
     return out
 
 
+def choose_config(x: Tensor, out_features: int, fmt: Format, group_size: int) -> MatmulConfig:
+    """Return the tuned tiles for x (n_tokens, in_features) on its device, or those of the rule."""
+    n_tokens, in_features = x.shape
+    key = matmul_key(
+        architecture(x.device), n_tokens, out_features, in_features, fmt.bits, fmt.n_terms, group_size
+    )
+    return tuned_table().get(key) or default_matmul(
+        n_tokens, out_features, in_features, fmt.bits, group_size, n_processors(x.device)
+    )
+
+
 def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Write sum of partial (splits, n_tokens, out_features) float32 over the splits, in order, plus bias, to y."""
     n_splits, n_tokens, out_features = partial.shape
@@ -277,6 +292,12 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 def n_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; eight stand for the interpreter's CPU."""
     return _count_processors(device) if device.type == "cuda" else 8
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """sm_<compute capability> of a GPU, "cpu" for the interpreter's."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "cpu"
 
 
 @cache

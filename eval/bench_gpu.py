@@ -1,0 +1,238 @@
+"""The packed kernels on one GPU, against what the GPU can do and against others: one JSON in under eight minutes.
+
+    python -m vlmq.eval.bench_gpu --out results.json
+    python -m vlmq.eval.bench_gpu --dry-run         # the list of measurements and their bytes, without a GPU
+
+Ceilings: device copy, bf16 matmul, the smallest kernel in a CUDA graph. Then each layer at 1 and 16 tokens (decode) and
+at 2048 and 4096 (prefill), each as torch bf16, torch's own int4 operator, GemLite where it is installed, and vlmq's
+formats, with 16-bit and 8-bit activations. Each figure is the median of replays of a CUDA graph that reads weights in
+turn, COLD_BYTES of them, so that none is found in the L2 cache; the spread is (fastest, slowest). `share` is bytes over
+seconds over the copy ceiling in decode, operations over seconds over the matmul ceiling in prefill. Before it is
+timed, each vlmq kernel is compared with the reference.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from vlmq.eval.smollm2 import commit
+from vlmq.formats import get_format
+from vlmq.kernels.packing import row_bytes
+
+LAYERS = ((4096, 4096), (4096, 14336), (8192, 28672))
+"""(in_features, out_features)."""
+
+DECODE_TOKENS = (1, 16)
+PREFILL_TOKENS = (2048, 4096)
+FORMATS = (("int4", 128), ("int2", 128), ("ternary", 0), ("binary", 0))
+INT8_FORMATS = (("int2", 128), ("ternary", 0), ("binary", 0))
+LIMIT_SECONDS = 450.0
+LARGEST_ERROR = {"vlmq": 1e-2, "vlmq-a8": 5e-2}
+"""Relative to the reference with 16-bit activations; 8-bit ones are rounded to a 127th of the largest."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: `kernel` is torch-bf16, torch-int4, gemlite-int4, gemlite-int2, vlmq or vlmq-a8."""
+
+    kernel: str
+    format_name: str
+    group_size: int
+    in_features: int
+    out_features: int
+    n_tokens: int
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the weight with scales and zero points, of x and of y."""
+        n, k = self.out_features, self.in_features
+        io = 2 * self.n_tokens * (n + k)
+        if self.kernel == "torch-bf16":
+            return 2 * n * k + io
+        fmt = get_format(self.format_name)
+        n_groups = n * (-(-k // self.group_size) if self.group_size else 1)
+        return n * row_bytes(k, fmt.bits) + n_groups * (2 * fmt.n_terms + fmt.has_zero) + io
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.n_tokens * self.in_features * self.out_features
+
+
+def plan(has_gemlite: bool) -> list[Case]:
+    """Return all measurements: the most wanted first, should the time not do."""
+    cases = []
+    for in_features, out_features in reversed(LAYERS):
+        for n_tokens in (*DECODE_TOKENS, *PREFILL_TOKENS):
+            size = (in_features, out_features, n_tokens)
+            cases.append(Case("torch-bf16", "", 0, *size))
+            cases += [Case("vlmq", name, group, *size) for name, group in FORMATS]
+            if n_tokens in DECODE_TOKENS:
+                cases.append(Case("torch-int4", "int4", 128, *size))
+            if n_tokens == 1:
+                cases += [Case("vlmq-a8", name, group, *size) for name, group in INT8_FORMATS]
+            if has_gemlite:
+                cases += [Case(f"gemlite-{name}", name, 128, *size) for name in ("int4", "int2")]
+    return cases
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes copied (read and written) per second, bf16 matmul operations per second, seconds of the smallest kernel."""
+    from vlmq.kernels.triton_tune import graph_seconds
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    cell = torch.zeros(1, device="cuda")
+    return {
+        "copy_bytes_per_second": 2 * source.numel() / graph_seconds([lambda: target.copy_(source)]),
+        "matmul_operations_per_second": 2 * 8192**3 / graph_seconds([lambda: torch.mm(a, b)]),
+        "smallest_kernel_seconds": graph_seconds([lambda: cell.add_(1)] * 100),
+    }
+
+
+def calls_of(case: Case) -> list[Callable[[], torch.Tensor]]:
+    """Return one call per copy of the weight, checked against the reference where the kernel is vlmq's."""
+    x = torch.randn(case.n_tokens, case.in_features, device="cuda", dtype=torch.bfloat16)
+    if case.kernel == "torch-bf16":
+        return _dense_calls(case, x)
+    if case.kernel == "torch-int4":
+        return _torch_int4_calls(case, x)
+    if case.kernel.startswith("gemlite"):
+        return _gemlite_calls(case, x)
+    return _vlmq_calls(case, x)
+
+
+def _n_copies(n_bytes: int) -> int:
+    from vlmq.kernels.triton_tune import COLD_BYTES
+
+    return max(3, COLD_BYTES // n_bytes)
+
+
+def _dense_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    shape = (case.out_features, case.in_features)
+    n_copies = _n_copies(2 * shape[0] * shape[1])
+    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(n_copies)]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+
+def _torch_int4_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    n, k, group = case.out_features, case.in_features, case.group_size
+    codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+    n_copies = _n_copies(n * k // 2)
+    packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(n_copies)]
+    scales = torch.rand(k // group, n, 2, device="cuda", dtype=torch.bfloat16)
+    return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, group, scales) for w in packed]
+
+
+def _gemlite_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    from gemlite.core import DType, GemLiteLinearTriton  # pyright: ignore[reportMissingImports]
+
+    n, k, group, bits = (
+        case.out_features,
+        case.in_features,
+        case.group_size,
+        get_format(case.format_name).bits,
+    )
+    layers = []
+    for _ in range(_n_copies(n * k * bits // 8)):
+        layer = GemLiteLinearTriton(bits, group, k, n, input_dtype=DType.BF16, output_dtype=DType.BF16)
+        codes = torch.randint(0, 2**bits, (n, k), device="cuda", dtype=torch.uint8)
+        scales = torch.rand(n * k // group, 1, device="cuda", dtype=torch.bfloat16)
+        layer.pack(codes, scales, torch.full_like(scales, 2 ** (bits - 1)), None)
+        layers.append(layer)
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
+def _vlmq_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    from vlmq.kernels import reference, triton_int8, triton_linear
+    from vlmq.kernels.triton_tune import Shape, cold_weights
+
+    shape = Shape(case.format_name, case.group_size, case.out_features, case.in_features, case.n_tokens)
+    sizes = (case.format_name, case.in_features, case.group_size)
+    run = triton_int8.quant_linear if case.kernel == "vlmq-a8" else triton_linear.quant_linear
+    weights = cold_weights(shape)
+    few = x[:16]
+    expected = reference.quant_linear(few, *weights[0], None, *sizes).double()
+    error = float((run(few, *weights[0], None, *sizes).double() - expected).norm() / expected.norm())
+    if not error < LARGEST_ERROR[case.kernel]:
+        raise RuntimeError(f"{case} differs from the reference by {error:.2e}")
+    return [lambda w=w: run(x, *w, None, *sizes) for w in weights]
+
+
+def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:
+    """Time a case; returns its line of the results."""
+    from vlmq.kernels.triton_tune import replay_seconds
+
+    seconds = replay_seconds(calls_of(case))
+    middle = median(seconds)
+    if case.n_tokens in DECODE_TOKENS:
+        share = case.bytes_read / middle / limits["copy_bytes_per_second"]
+    else:
+        share = case.operations / middle / limits["matmul_operations_per_second"]
+    return asdict(case) | {"seconds": middle, "spread": [seconds[0], seconds[-1]], "share": round(share, 4)}
+
+
+def with_ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each line how many times as fast as torch bf16 of the same size it is; None where that is missing."""
+
+    def size(line: dict[str, Any]) -> tuple[int, int, int]:
+        return line["in_features"], line["out_features"], line["n_tokens"]
+
+    dense = {size(line): line["seconds"] for line in lines if line["kernel"] == "torch-bf16"}
+    return [
+        line | {"over_bf16": round(dense[size(line)] / line["seconds"], 3) if size(line) in dense else None}
+        for line in lines
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what the time allows and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"))
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args(argv)
+    cases = plan(find_spec("gemlite") is not None)
+    if arguments.dry_run:
+        for case in cases:
+            print(json.dumps(asdict(case) | {"bytes": case.bytes_read, "operations": case.operations}))
+        return
+    if not torch.cuda.is_available():
+        parser.error("this measures a CUDA GPU, and there is none; --dry-run lists the measurements")
+    started = time.monotonic()
+    with torch.inference_mode():
+        limits = ceilings()
+        lines, skipped = [], []
+        for case in cases:
+            if time.monotonic() - started > LIMIT_SECONDS:
+                skipped.append(asdict(case))
+                continue
+            lines.append(measure(case, limits))
+            print(json.dumps(lines[-1]), flush=True)
+            torch.cuda.empty_cache()
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "command": "python -m vlmq.eval.bench_gpu",
+        "ceilings": limits,
+        "measurements": with_ratios(lines),
+        "skipped_for_time": skipped,
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

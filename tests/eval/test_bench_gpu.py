@@ -1,0 +1,54 @@
+"""The bookkeeping of the GPU measurements: the plan, the bytes, the ratios; and a clear end without a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from vlmq.eval import bench_gpu
+from vlmq.eval.bench_gpu import Case, plan, with_ratios
+
+
+def test_plan_holds_each_size_for_each_kernel():
+    cases = plan(has_gemlite=True)
+    assert len(set(cases)) == len(cases)
+    for layer in bench_gpu.LAYERS:
+        for n_tokens in (1, 16, 2048):
+            here = [c for c in cases if ((c.in_features, c.out_features), c.n_tokens) == (layer, n_tokens)]
+            assert {"torch-bf16", "vlmq", "gemlite-int4", "gemlite-int2"} <= {c.kernel for c in here}
+    assert {c.format_name for c in cases if c.kernel == "vlmq-a8"} == {"int2", "ternary", "binary"}
+    assert not any(c.kernel.startswith("gemlite") for c in plan(has_gemlite=False))
+
+
+def test_bytes_are_those_of_the_packed_weight():
+    io = 2 * (4096 + 14336)
+    assert Case("torch-bf16", "", 0, 4096, 14336, 1).bytes_read == 2 * 4096 * 14336 + io
+    assert Case("vlmq", "ternary", 0, 4096, 14336, 1).bytes_read == 4096 * 14336 // 4 + 2 * 14336 + io
+    with_zero = 4096 * 14336 // 2 + 3 * 14336 * 32 + io
+    assert Case("vlmq", "int4", 128, 4096, 14336, 1).bytes_read == with_zero
+
+
+def test_ratio_is_to_bf16_of_the_same_size():
+    size = {"in_features": 8, "out_features": 4, "n_tokens": 1}
+    other = size | {"n_tokens": 2}
+    lines = [
+        {"kernel": "torch-bf16", "seconds": 6.0, **size},
+        {"kernel": "vlmq", "seconds": 2.0, **size},
+        {"kernel": "vlmq", "seconds": 2.0, **other},
+    ]
+    assert [line["over_bf16"] for line in with_ratios(lines)] == [1.0, 3.0, None]
+
+
+def test_dry_run_lists_every_measurement(capsys):
+    bench_gpu.main(["--dry-run"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == len(plan(bench_gpu.find_spec("gemlite") is not None))
+    assert all(line["bytes"] > 0 and line["operations"] > 0 for line in lines)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--out", str(tmp_path / "results.json")])
+    assert "there is none" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()

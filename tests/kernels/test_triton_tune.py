@@ -1,0 +1,79 @@
+"""The table of tuned tiles: keys, files, the rule where there is no entry, and tuning with made-up times."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from vlmq.kernels import triton_config, triton_linear  # noqa: E402
+from vlmq.kernels.triton_config import MatmulConfig, default_matmul, matmul_key, read_table  # noqa: E402
+from vlmq.kernels.triton_tune import Shape, candidates, tune  # noqa: E402
+
+SHAPE = Shape("int4", 128, 4096, 4096, 1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Let a GPU be there, for what asks only for its name and size."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_linear, "n_processors", lambda device: 132)
+    monkeypatch.setattr(triton_linear, "architecture", lambda device: "sm_90")
+
+
+def test_tokens_are_rounded_up_in_a_key():
+    keys = [matmul_key("sm_90", n, 64, 128, 4, 1, 0).split()[-1] for n in (1, 2, 3, 16, 17)]
+    assert keys == ["tokens=1", "tokens=2", "tokens=4", "tokens=16", "tokens=32"]
+
+
+def test_shipped_table_can_be_read():
+    assert isinstance(read_table(triton_config.SHIPPED), dict)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": [1, 2]}', '{"a": [0, 1, 1, 1, 1, 1]}', '{"a": "b"}', "{"])
+def test_damaged_table_is_refused(tmp_path, text):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json.*tune again"):
+        read_table(path)
+
+
+def test_tuned_entry_is_taken_and_another_shape_follows_the_rule(monkeypatch):
+    tuned = MatmulConfig(64, 16, 1, 2, 4, 5)
+    x = torch.randn(3, 256)
+    fmt = triton_linear.get_format("int4")
+    key = matmul_key("cpu", 3, 96, 256, 4, 1, 64)
+    monkeypatch.setattr(triton_linear, "tuned_table", lambda: {key: tuned})
+    assert triton_linear.choose_config(x, 96, fmt, 64) == tuned
+    assert triton_linear.choose_config(x, 97, fmt, 64) == default_matmul(3, 97, 256, 4, 64, 8)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 17, 64, 250])
+@pytest.mark.parametrize("in_features", [1, 128, 4096])
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_rule_gives_tiles_that_the_kernel_takes(n_tokens, in_features, group_size):
+    config = default_matmul(n_tokens, 4096, in_features, 4, group_size, 132)
+    assert config.block_m >= min(n_tokens, 64)
+    assert config.blocks == 1 or group_size == 0
+    assert config.splits == 1 or config.splits * 128 * config.blocks <= in_features
+
+
+def test_tuning_keeps_the_fastest_and_other_entries(tmp_path, gpu):
+    path = tmp_path / "cache" / "table.json"
+    fastest = candidates(SHAPE, 132)[5]
+    found = tune([SHAPE], path=path, measure=lambda shape, config: 1.0 if config == fastest else 2.0)
+    assert list(found.values()) == [fastest]
+    tune([Shape("int2", 0, 64, 256, 2)], path=path, measure=lambda shape, config: 1.0)
+    table = read_table(path)
+    assert len(table) == 2
+    assert table[matmul_key("sm_90", 1, 4096, 4096, 4, 1, 128)] == fastest
+
+
+def test_tuning_is_refused_under_capture_and_without_a_gpu(tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        tune([SHAPE], path=tmp_path / "table.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="there is none"):
+        tune([SHAPE], path=tmp_path / "table.json")
