@@ -210,28 +210,46 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not torch.cuda.is_available():
         parser.error("this measures a CUDA GPU, and there is none; --dry-run lists the measurements")
-    started = time.monotonic()
     with torch.inference_mode():
-        limits = ceilings()
-        lines, skipped = [], []
-        for case in cases:
-            if time.monotonic() - started > LIMIT_SECONDS:
-                skipped.append(asdict(case))
-                continue
-            lines.append(measure(case, limits))
-            print(json.dumps(lines[-1]), flush=True)
-            torch.cuda.empty_cache()
-    result = {
+        result = run_all(cases, arguments.out)
+    if result["failed"]:
+        parser.exit(1, f"{len(result['failed'])} of {len(cases)} measurements failed, see {arguments.out}\n")
+
+
+def run_all(cases: list[Case], out: Path) -> dict[str, Any]:
+    """Measure what the time allows; a case that fails is kept with its message, and the others go on.
+
+    The file is written after every case, so that a run that is cut leaves what it has measured.
+    """
+    from triton.errors import TritonError
+
+    started = time.monotonic()
+    result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
         "command": "python -m vlmq.eval.bench_gpu",
-        "ceilings": limits,
-        "measurements": with_ratios(lines),
-        "skipped_for_time": skipped,
+        "ceilings": ceilings(),
+        "measurements": [],
+        "failed": [],
+        "skipped_for_time": [],
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    lines: list[dict[str, Any]] = []
+    for case in cases:
+        if time.monotonic() - started > LIMIT_SECONDS:
+            result["skipped_for_time"].append(asdict(case))
+            continue
+        try:
+            lines.append(measure(case, result["ceilings"]))
+            print(json.dumps(lines[-1]), flush=True)
+        except (RuntimeError, ValueError, TypeError, AttributeError, TritonError) as error:
+            result["failed"].append(asdict(case) | {"error": f"{type(error).__name__}: {error}"})
+            print(json.dumps(result["failed"][-1]), flush=True)
+        torch.cuda.empty_cache()
+        result["measurements"] = with_ratios(lines)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 if __name__ == "__main__":

@@ -52,3 +52,23 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
         bench_gpu.main(["--out", str(tmp_path / "results.json")])
     assert "there is none" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_failing_case_is_kept_and_the_others_go_on(monkeypatch, tmp_path):
+    def measure(case, limits):
+        if case.kernel == "torch-int4":
+            raise RuntimeError("no such operator")
+        size = {"in_features": case.in_features, "out_features": case.out_features, "n_tokens": case.n_tokens}
+        return {"kernel": case.kernel, "seconds": 1.0, **size}
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench_gpu, "ceilings", dict)
+    monkeypatch.setattr(bench_gpu, "measure", measure)
+    cases = plan(has_gemlite=False)
+    result = bench_gpu.run_all(cases, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == result
+    n_failed = sum(case.kernel == "torch-int4" for case in cases)
+    assert len(result["failed"]) == n_failed > 0
+    assert {line["error"] for line in result["failed"]} == {"RuntimeError: no such operator"}
+    assert len(result["measurements"]) == len(cases) - n_failed
