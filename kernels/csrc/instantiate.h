@@ -30,6 +30,7 @@
 #undef PICK
 #undef LOAD_FLOATS
 #undef SAME
+#undef KEEP
 #undef TIMES
 #undef MINUS
 #undef TIMES_PLUS

@@ -22,6 +22,7 @@
 #define PICK(scales, pick) _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), pick)
 #define LOAD_FLOATS(p) _mm256_loadu_ps((const void *)(p))
 #define SAME(f) _mm256_set1_ps(f)
+#define KEEP(v, n) _mm256_and_ps(v, _mm256_loadu_ps((const void *)(keep_bits + 16 - (n))))
 #define TIMES(a, b) _mm256_mul_ps(a, b)
 #define MINUS(a, b) _mm256_sub_ps(a, b)
 #define HALVES(p) _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p)))

@@ -23,6 +23,7 @@
     vcombine_f32(vld1_dup_f32((scales) + (pick)[0]), vld1_dup_f32((scales) + (pick)[2]))
 #define LOAD_FLOATS(p) vld1q_f32((const float *)(const void *)(p))
 #define SAME(f) vdupq_n_f32(f)
+#define KEEP(v, n) vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vld1q_u32(keep_bits + 16 - (n))))
 #define TIMES(a, b) vmulq_f32(a, b)
 #define MINUS(a, b) vsubq_f32(a, b)
 #define HALVES(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))

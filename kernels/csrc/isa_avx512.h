@@ -28,6 +28,7 @@
 #define PICK(scales, pick) _mm512_permutexvar_ps(pick, _mm512_loadu_ps(scales))
 #define LOAD_FLOATS(p) _mm512_loadu_ps((const void *)(p))
 #define SAME(f) _mm512_set1_ps(f)
+#define KEEP(v, n) _mm512_maskz_mov_ps((__mmask16)((1u << (n)) - 1u), v)
 #define TIMES(a, b) _mm512_mul_ps(a, b)
 #define MINUS(a, b) _mm512_sub_ps(a, b)
 #define HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(p)))

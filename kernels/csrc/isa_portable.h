@@ -78,6 +78,12 @@ static inline portable_floats portable_pick(const float *scales, const int32_t *
     return (portable_floats){low, low, high, high};
 }
 
+static inline portable_floats portable_keep(portable_floats v, const uint32_t *mask) {
+    portable_ints bits;
+    memcpy(&bits, mask, sizeof bits);
+    return (portable_floats)((portable_ints)v & bits);
+}
+
 #define LOAD(p) portable_load(p)
 #define LOAD_BITS(p) portable_load(p)
 #define PART(v) (v)
@@ -92,6 +98,7 @@ static inline portable_floats portable_pick(const float *scales, const int32_t *
 #define PICK(scales, pick) portable_pick(scales, pick)
 #define LOAD_FLOATS(p) portable_load_floats(p)
 #define SAME(f) ((portable_floats){f, f, f, f})
+#define KEEP(v, n) portable_keep(v, keep_bits + 16 - (n))
 #define TIMES(a, b) ((a) * (b))
 #define MINUS(a, b) ((a) - (b))
 #define HALVES(p)                                                                              \

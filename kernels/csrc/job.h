@@ -31,7 +31,6 @@ typedef struct {
 /* The parts of a worker's scratch. */
 typedef struct {
     float *scales;   /* (ROWS, n_spans padded) */
-    float *centres;  /* (n_spans padded), scale * centre */
     float *values;   /* (in_features padded) */
     int8_t *codes;   /* (in_features padded) */
     uint8_t *row;    /* (ROWS, row_reach padded), rows whose vectors would leave the tensor */
@@ -46,15 +45,14 @@ static int64_t padded_codes(const vlmq_plan *plan) { return round_up(plan->in_fe
 static int64_t padded_row(const vlmq_plan *plan) { return round_up(plan->row_reach + 64, 64); }
 
 static int64_t scratch_bytes(const vlmq_plan *plan) {
-    int64_t n_floats = (ROWS + 1) * padded_spans(plan) + padded_codes(plan);
+    int64_t n_floats = ROWS * padded_spans(plan) + padded_codes(plan);
     return round_up(n_floats * (int64_t)sizeof(float) + padded_codes(plan) + ROWS * padded_row(plan), 64);
 }
 
 static vlmq_scratch scratch_of(const vlmq_job *job, int worker) {
     vlmq_scratch scratch;
     scratch.scales = (float *)(void *)(job->scratch + worker * job->scratch_bytes);
-    scratch.centres = scratch.scales + ROWS * padded_spans(job->plan);
-    scratch.values = scratch.centres + padded_spans(job->plan);
+    scratch.values = scratch.scales + ROWS * padded_spans(job->plan);
     scratch.codes = (int8_t *)(scratch.values + padded_codes(job->plan));
     scratch.row = (uint8_t *)scratch.codes + padded_codes(job->plan);
     return scratch;
@@ -75,6 +73,10 @@ static const uint8_t *copy_rows(const vlmq_layer *layer, int64_t first, int64_t 
                (size_t)plan->row_bytes);
     return copies;
 }
+
+/* 16 numbers to keep, then 16 to drop: a vector that starts n before the middle keeps n. */
+static const uint32_t keep_bits[32] = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u,
+                                       ~0u, ~0u, ~0u, ~0u, ~0u, 0,   0,   0,   0,   0,   0};
 
 static int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }
 

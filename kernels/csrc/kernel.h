@@ -11,6 +11,7 @@
  *     HALVES(p), BYTES(p), STORE_FLOATS(p, v) WIDTH / 4 numbers in float16 or in bytes, as floats; and back
  *     LOAD_PICK(p), PICK(scales, pick), LOAD_FLOATS(p), SAME(f), TIMES(a, b), MINUS(a, b),
  *     TIMES_PLUS(a, b, c), TOTAL(v)
+ *     KEEP(v, n)                              the first n numbers, zeros in place of the others
  *
  * For one row and one token the operations and their order are always the same: neither the number of threads nor
  * the rows and tokens beside it change a bit of the result.
@@ -162,56 +163,44 @@ static FN(sweep_function) FN(sweep_of)(const vlmq_sweep *sweep) {
     }
 }
 
-/* Scales of a row for one term as floats, and scale * centre beside them; both end in PAD_FLOATS zeros. */
-VLMQ_TARGET static void FN(read_scales)(const vlmq_job *job, int64_t row, int term, float *scales,
-                                        float *centres) {
+/* Scales of a row for one term as floats, zeros after them; and subtract from `out` the part of the centres: for each
+ * token the sum of scale * centre * (sum of x). Vectors are stored whole and none twice, so that they can be loaded
+ * again at once. */
+VLMQ_TARGET static inline void FN(read_scales)(const vlmq_job *job, int64_t row, int term, float *scales, float *out) {
     const vlmq_plan *plan = job->plan;
     const vlmq_format *format = &plan->format;
     int64_t n = plan->n_groups, n_left = (job->layer->out_features - row) * n;
     const uint16_t *stored = job->layer->scales + row * n * format->n_terms;
     const uint8_t *zeros = format->has_zero ? job->layer->zeros + row * n : NULL;
     floats_t first = SAME(format->first), zero_step = SAME(format->zero_step);
-    for (int64_t g = 0; g < n; g += WIDTH / 4) {
-        uint16_t halves[WIDTH / 4] = {0};
-        uint8_t bytes[WIDTH / 4] = {0};
-        int is_inside = g + WIDTH / 4 <= n_left;
-        int64_t n_here = min_int64(WIDTH / 4, n - g);
-        if (format->n_terms == 2)
-            for (int64_t i = 0; i < n_here; i++) halves[i] = stored[2 * (g + i) + term];
-        else if (!is_inside)
-            memcpy(halves, stored + g, (size_t)n_here * sizeof *halves);
-        floats_t scale = format->n_terms == 1 && is_inside ? HALVES(stored + g) : HALVES(halves);
-        floats_t centre = SAME(0.0f);
-        if (zeros) {
-            if (!is_inside) memcpy(bytes, zeros + g, (size_t)n_here);
-            centre = TIMES(is_inside ? BYTES(zeros + g) : BYTES(bytes), zero_step);
+    floats_t parts[VLMQ_MAX_TOKENS];
+    for (int64_t t = 0; t < job->n_tokens; t++) parts[t] = SAME(0.0f);
+    for (int64_t g = 0; g < plan->n_spans; g += WIDTH / 4) {
+        int64_t n_here = min_int64(WIDTH / 4, plan->n_spans - g);
+        floats_t scale, centre = SAME(0.0f);
+        if (!plan->group_size) {
+            scale = SAME(float_of_float16(stored[term]));
+            if (zeros) centre = SAME((float)zeros[0] * format->zero_step);
+        } else if (format->n_terms == 1 && g + WIDTH / 4 <= n_left) {
+            scale = HALVES(stored + g);
+            if (zeros) centre = TIMES(BYTES(zeros + g), zero_step);
+        } else {
+            uint16_t halves[WIDTH / 4] = {0};
+            uint8_t bytes[WIDTH / 4] = {0};
+            for (int64_t i = 0; i < n_here; i++) halves[i] = stored[format->n_terms * (g + i) + term];
+            if (zeros) memcpy(bytes, zeros + g, (size_t)n_here);
+            scale = HALVES(halves);
+            centre = TIMES(BYTES(bytes), zero_step);
         }
+        scale = KEEP(scale, n_here);
         STORE_FLOATS(scales + g, scale);
-        STORE_FLOATS(centres + g, TIMES(scale, MINUS(centre, first)));
-    }
-    if (!plan->group_size) {
-        floats_t scale = SAME(scales[0]), centre = SAME(centres[0]);
-        for (int64_t g = 0; g < plan->n_spans; g += WIDTH / 4) {
-            STORE_FLOATS(scales + g, scale);
-            STORE_FLOATS(centres + g, centre);
+        centre = TIMES(scale, MINUS(centre, first));
+        for (int64_t t = 0; t < job->n_tokens; t++) {
+            const uint8_t *sums = job->images + t * plan->token_bytes + plan->span_sums;
+            parts[t] = TIMES_PLUS(centre, LOAD_FLOATS(sums + g * 4), parts[t]);
         }
     }
-    for (int i = 0; i < PAD_FLOATS; i += WIDTH / 4) {
-        STORE_FLOATS(scales + plan->n_spans + i, SAME(0.0f));
-        STORE_FLOATS(centres + plan->n_spans + i, SAME(0.0f));
-    }
-}
-
-/* Subtract the part of the centres: for each token the sum of scale * centre * (sum of x). */
-VLMQ_TARGET static void FN(subtract_centres)(const vlmq_job *job, const float *centres, float *out) {
-    const vlmq_plan *plan = job->plan;
-    for (int64_t t = 0; t < job->n_tokens; t++) {
-        const uint8_t *sums = job->images + t * plan->token_bytes + plan->span_sums;
-        floats_t part = SAME(0.0f);
-        for (int64_t g = 0; g < plan->n_spans; g += WIDTH / 4)
-            part = TIMES_PLUS(LOAD_FLOATS(centres + g), LOAD_FLOATS(sums + g * 4), part);
-        out[t] -= TOTAL(part);
-    }
+    for (int64_t t = 0; t < job->n_tokens; t++) out[t] -= TOTAL(parts[t]);
 }
 
 VLMQ_TARGET static void FN(multiply_rows)(void *job_, int64_t chunk, int worker) {
@@ -220,6 +209,7 @@ VLMQ_TARGET static void FN(multiply_rows)(void *job_, int64_t chunk, int worker)
     const vlmq_layer *layer = job->layer;
     vlmq_scratch scratch = scratch_of(job, worker);
     int64_t n_spans = padded_spans(plan), end = min_int64(job->n_rows, (chunk + 1) * job->chunk_rows);
+    memset(scratch.scales, 0, (size_t)(ROWS * n_spans) * sizeof(float));
     for (int64_t first = chunk * job->chunk_rows; first < end; first += ROWS) {
         int64_t n_rows = min_int64(ROWS, end - first);
         float out[ROWS * VLMQ_MAX_TOKENS];
@@ -233,10 +223,9 @@ VLMQ_TARGET static void FN(multiply_rows)(void *job_, int64_t chunk, int worker)
         for (int i = 0; i < plan->n_sweeps; i++) {
             const vlmq_sweep *sweep = &plan->sweeps[i];
             if (i == 0 || sweep->term)
-                for (int64_t r = 0; r < n_rows; r++) {
-                    FN(read_scales)(job, first + r, sweep->term, scratch.scales + r * n_spans, scratch.centres);
-                    FN(subtract_centres)(job, scratch.centres, out + r * VLMQ_MAX_TOKENS);
-                }
+                for (int64_t r = 0; r < n_rows; r++)
+                    FN(read_scales)(job, first + r, sweep->term, scratch.scales + r * n_spans,
+                                    out + r * VLMQ_MAX_TOKENS);
             FN(sweep_of)(sweep)(plan, sweep, rows, n_rows, job->images, job->n_tokens, out);
         }
         for (int64_t r = 0; r < n_rows; r++) {
