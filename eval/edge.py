@@ -28,6 +28,7 @@ from vlmq.eval.smollm2_data import calibration_tokens
 
 SCHEMES = ("int4-g64", "ternary-g64", "binary-g64")
 EMBEDDINGS = "int8-g64"
+N_WINDOWS = 8  # of 512 tokens, once at a time and once through the cache
 
 
 def pack_shapes(scheme: str, folder: Path) -> None:
@@ -74,7 +75,12 @@ def jobs_of(out: Path, work: Path | None, threads: int) -> list[list[Job]]:
     if work is not None:
         packed = pack_missing(out, "smollm2", partial(pack_smollm2, work))
         smollm2 = [str(work / "smollm2"), *packed]
-        groups.append([Job(model, threads=threads, text=str(work / "eval.pt")) for model in smollm2])
+        groups.append(
+            [
+                Job(model, threads=threads, text=str(work / "eval.pt"), n_windows=N_WINDOWS)
+                for model in smollm2
+            ]
+        )
     return groups
 
 
