@@ -74,7 +74,13 @@ def jobs_of(out: Path, work: Path | None, threads: int) -> list[list[Job]]:
     groups = [[Job(model, threads=threads, vqa=SHAPES) for model in shapes]]
     if work is not None:
         packed = pack_missing(out, "smollm2", partial(pack_smollm2, work))
-        smollm2 = [str(work / "smollm2"), *packed]
+        original = out / "smollm2-bfloat16"
+        if not original.exists():
+            tokenizer = AutoTokenizer.from_pretrained(work / "smollm2")
+            model = AutoModelForCausalLM.from_pretrained(work / "smollm2", dtype=torch.bfloat16)
+            model.save_pretrained(original)
+            tokenizer.save_pretrained(original)
+        smollm2 = [str(original), *packed]
         groups.append(
             [
                 Job(model, threads=threads, text=str(work / "eval.pt"), n_windows=N_WINDOWS)
