@@ -173,8 +173,8 @@ VLMQ_TARGET static inline void FN(read_scales)(const vlmq_job *job, int64_t row,
     const uint16_t *stored = job->layer->scales + row * n * format->n_terms;
     const uint8_t *zeros = format->has_zero ? job->layer->zeros + row * n : NULL;
     floats_t first = SAME(format->first), zero_step = SAME(format->zero_step);
-    floats_t parts[VLMQ_MAX_TOKENS];
-    for (int64_t t = 0; t < job->n_tokens; t++) parts[t] = SAME(0.0f);
+    floats_t part = SAME(0.0f), parts[VLMQ_MAX_TOKENS];
+    for (int64_t t = 1; t < job->n_tokens; t++) parts[t] = SAME(0.0f);
     for (int64_t g = 0; g < plan->n_spans; g += WIDTH / 4) {
         int64_t n_here = min_int64(WIDTH / 4, plan->n_spans - g);
         floats_t scale, centre = SAME(0.0f);
@@ -195,12 +195,13 @@ VLMQ_TARGET static inline void FN(read_scales)(const vlmq_job *job, int64_t row,
         scale = KEEP(scale, n_here);
         STORE_FLOATS(scales + g, scale);
         centre = TIMES(scale, MINUS(centre, first));
-        for (int64_t t = 0; t < job->n_tokens; t++) {
-            const uint8_t *sums = job->images + t * plan->token_bytes + plan->span_sums;
-            parts[t] = TIMES_PLUS(centre, LOAD_FLOATS(sums + g * 4), parts[t]);
-        }
+        const uint8_t *sums = job->images + plan->span_sums + g * 4;
+        part = TIMES_PLUS(centre, LOAD_FLOATS(sums), part); /* of the first token, in a register */
+        for (int64_t t = 1; t < job->n_tokens; t++)
+            parts[t] = TIMES_PLUS(centre, LOAD_FLOATS(sums + t * plan->token_bytes), parts[t]);
     }
-    for (int64_t t = 0; t < job->n_tokens; t++) out[t] -= TOTAL(parts[t]);
+    out[0] -= TOTAL(part);
+    for (int64_t t = 1; t < job->n_tokens; t++) out[t] -= TOTAL(parts[t]);
 }
 
 VLMQ_TARGET static void FN(multiply_rows)(void *job_, int64_t chunk, int worker) {
