@@ -204,3 +204,15 @@ def test_damping_is_raised_and_recorded():
     H[0, 1] = H[1, 0] = 1e6
     with pytest.raises(RuntimeError, match="smallest eigenvalue"):
         damp_and_factor(H, 1e-9)
+
+
+@pytest.mark.parametrize("format", ["int2", "int4-sym"])
+def test_no_steps_take_the_full_range(format):
+    W = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    f = get_format(format)
+    full, fitted = (fit_grid(W, torch.ones(16), f, n_steps=n) for n in (0, 8))
+    reach = 3 if format == "int2" else 8
+    extent = W.amax(1).clamp(min=0) - W.amin(1).clamp(max=0) if format == "int2" else W.abs().amax(1)
+    assert torch.allclose(full.scales[:, 0] * reach, extent, rtol=2e-3)
+    errors = [((W - round_to_grid(W, g, f)[1]) ** 2).sum() for g in (full, fitted)]
+    assert errors[1] < errors[0]

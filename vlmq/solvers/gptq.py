@@ -40,6 +40,7 @@ def solve(
     damp: float = 0.01,
     act_order: bool = True,
     scale_factors: tuple[float, ...] = (1.0, 0.9, 1.1),
+    n_steps: int = 8,
 ) -> QuantizedWeight:
     """Quantize with second-order feedback.
 
@@ -53,6 +54,7 @@ def solve(
         damp: fraction of the mean diagonal added to the hessian.
         act_order: visit important groups and columns first.
         scale_factors: the fitted scales times these are the candidates of each group.
+        n_steps: alternations of the grid fit; 0 takes the full range of each group, without any search.
     """
     damped = damp_and_factor(hessian, damp)
     in_features = weight.shape[1]
@@ -71,7 +73,7 @@ def solve(
         group = int(columns[0]) // size
         block = W[:, start:end]
         importance = U.diagonal()[start:end] ** -2
-        grid = fit_grid(block, importance, format)
+        grid = fit_grid(block, importance, format, n_steps)
         group_codes, error, grid = _best_candidate(
             block, U[start:end, start:end], grid, format, scale_factors
         )

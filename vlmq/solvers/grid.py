@@ -89,11 +89,13 @@ def fit_grid(weight: Tensor, importance: Tensor, format: Format, n_steps: int = 
         weight: (rows, columns) float32.
         importance: (columns,) or (rows, columns) float32, >= 0.
         format: the weight format.
-        n_steps: alternations.
+        n_steps: alternations; 0 takes the full range of each row, without any search.
     """
     importance = importance.expand_as(weight)
     if format.name == "ternary":
         return fit_ternary(weight, importance)
+    if n_steps == 0:
+        return starts(weight, format)[0]
 
     def improve(grid: Grid, n: int) -> Grid:
         for _ in range(n):
