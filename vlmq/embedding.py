@@ -195,14 +195,14 @@ def place_empty(model: PreTrainedModel, embeddings: Mapping[str, str], schemes: 
         ValueError: the model has no such embedding or no such packed layer.
     """
     for name, source in embeddings.items():
-        module: Any = _submodule(model, name)
+        module: Any = submodule(model, name)
         if not isinstance(module, nn.Embedding) or source not in schemes:
             raise ValueError(
                 f"{type(model).__name__} has no embedding {name!r} with packed rows {source!r}, which config.json lists"
             )
         is_own = source == f"{name}.{TABLE}"
         scheme = schemes[source]
-        rows: Any = _submodule(model, source)
+        rows: Any = submodule(model, source)
         if is_own:
             sizes = module.embedding_dim, module.num_embeddings
             rows = QuantLinear(
@@ -225,7 +225,8 @@ def dequantize_embeddings(
         model.set_submodule(name, plain)
 
 
-def _submodule(model: nn.Module, name: str) -> Any:
+def submodule(model: nn.Module, name: str) -> Any:
+    """The module of that path, None if there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError:

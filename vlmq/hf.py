@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vlmq.embedding import TABLE, dequantize_embeddings, place_empty
+from vlmq.embedding import TABLE, dequantize_embeddings, place_empty, submodule
 from vlmq.integrity import (
     check_layer_tensor,
     check_listed,
@@ -135,7 +135,7 @@ class VlmqQuantizer(HfQuantizer):
         schemes = self.quantization_config.schemes()
         embeddings = self.quantization_config.embeddings
         tables = {f"{name}.{TABLE}" for name in embeddings}
-        linears = {name: _submodule(model, name) for name in schemes if name not in tables}
+        linears = {name: submodule(model, name) for name in schemes if name not in tables}
         wrong = sorted(name for name, module in linears.items() if not isinstance(module, nn.Linear))
         if wrong:
             saved = ", ".join(model.config.architectures or ["unknown"])
@@ -197,7 +197,7 @@ class VlmqQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dequantize_embeddings(model, self.quantization_config.embeddings, dtype)
         for name in self.quantization_config.schemes():
-            layer: Any = _submodule(model, name)
+            layer: Any = submodule(model, name)
             if layer is None:  # the table of an embedding
                 continue
             weight = layer.dequantize(dtype or model.dtype)
@@ -205,13 +205,6 @@ class VlmqQuantizer(HfQuantizer):
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, linear)
         return model
-
-
-def _submodule(model: nn.Module, name: str) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def register() -> None:
