@@ -5,8 +5,8 @@ taken; the last, the reference, always can. It is never taken in silence on a GP
 other entry said. `explain` gives the same words to whoever asks.
 
 To add one: a module with a `why_not` and a `forward` (and a `grad` if it has one), and a line in `BACKENDS`.
-The variable VLMQ_BACKEND names one entry that is to be used whatever comes before it; it is the project's only
-switch from outside, for tests of each entry and for users whose first choice misbehaves.
+The variable VLMQ_BACKEND names one entry that is to be used whatever comes before it, for tests of each entry and for
+users whose first choice misbehaves. With VLMQ_CPU_ISA (`vlmq.kernels.library`) it is all that can be set from outside.
 """
 
 import os
@@ -87,7 +87,7 @@ def choose_backend(x: Tensor, format_name: str, in_features: int, group_size: in
     for backend in BACKENDS[:-1]:
         if backend.why_not(x, format_name, in_features, group_size) is None:
             return backend
-    if x.is_cuda and len(BACKENDS) > 1:
+    if x.is_cuda:
         _warn_once(_slow_choice(explain(x, format_name, in_features, group_size)))
     if x.device.type == "cpu" and (lost := cpu.missing_library()):
         _warn_once(
