@@ -5,10 +5,14 @@ Nothing is opened or compiled on import.
 """
 
 import ctypes
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-ABI = 1
+import torch
+
+ABI = 2
 PATH = Path(__file__).parent / "libvlmq_cpu.so"
 INSTALL = "install a C compiler (gcc or clang) and install vlmq again"
 
@@ -53,7 +57,21 @@ def open_library(path: Path = PATH) -> ctypes.CDLL | str:
         return f"its C library cannot be opened ({error}); {INSTALL}"
     if (abi := library.vlmq_abi()) != ABI:
         return f"its C library is of another version ({abi} instead of {ABI}); {INSTALL}"
+    library.vlmq_use_team(torch_team())
     return library
+
+
+def torch_team() -> Any:
+    """Find GOMP_parallel of the OpenMP runtime that torch runs on, by which its threads can be used; None without.
+
+    It is looked up from torch's own library, for there may be other runtimes in the process.
+    """
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+    try:
+        return ctypes.CDLL(str(path)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
 
 
 def isa_names(library: ctypes.CDLL) -> list[str]:
@@ -97,5 +115,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.vlmq_plan_create.argtypes = [ctypes.POINTER(FormatRecord), long, long, integer]
     library.vlmq_plan_free.restype = None
     library.vlmq_plan_free.argtypes = [pointer]
+    library.vlmq_use_team.restype = None
+    library.vlmq_use_team.argtypes = [pointer]
     library.vlmq_linear.argtypes = [pointer, pointer, pointer, long, integer, integer]
     library.vlmq_unpack.argtypes = [pointer, long, long, pointer, integer, integer]

@@ -4,6 +4,8 @@
  * was taken is finished, whether all workers came or not. Workers wait for the next job with a short spin, then
  * sleep. A job that finds the pool busy (two threads of a program call at a time) runs in its caller alone. A
  * forked child starts with an empty pool and makes its own threads.
+ *
+ * It serves where team.h has no other threads to use.
  */
 #ifndef VLMQ_POOL_H
 #define VLMQ_POOL_H
@@ -17,7 +19,7 @@
 
 typedef void (*vlmq_chunk_function)(void *job, int64_t chunk, int worker);
 
-enum { SPIN_NANOSECONDS = 50000 };
+enum { SPIN_NANOSECONDS = 1000000 };
 
 static struct {
     pthread_mutex_t busy;  /* held by the one caller that uses the pool */
@@ -34,6 +36,10 @@ static struct {
           .mutex = PTHREAD_MUTEX_INITIALIZER,
           .work = PTHREAD_COND_INITIALIZER,
           .idle = PTHREAD_COND_INITIALIZER};
+
+static void run_alone(vlmq_chunk_function run, void *job, int64_t n_chunks) {
+    for (int64_t chunk = 0; chunk < n_chunks; chunk++) run(job, chunk, 0);
+}
 
 static void pool_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -112,8 +118,8 @@ static void pool_grow(int n_workers) {
 /* Call run(job, chunk, worker) for each chunk; worker is below n_threads and no two at a time have the same. */
 static void pool_run(vlmq_chunk_function run, void *job, int64_t n_chunks, int n_threads) {
     if (n_threads > n_chunks) n_threads = (int)n_chunks;
-    if (n_threads <= 1 || pthread_mutex_trylock(&pool.busy)) {
-        for (int64_t chunk = 0; chunk < n_chunks; chunk++) run(job, chunk, 0);
+    if (pthread_mutex_trylock(&pool.busy)) {
+        run_alone(run, job, n_chunks);
         return;
     }
     pthread_mutex_lock(&pool.mutex);

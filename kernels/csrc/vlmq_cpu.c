@@ -17,7 +17,7 @@
 #include "floats.h"
 #include "job.h"
 #include "plan.h"
-#include "pool.h"
+#include "team.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -89,8 +89,8 @@ static const struct {
 
 enum { N_ISAS = sizeof isas / sizeof *isas };
 
-/* Codes of a chunk of work at least, so that a thread is not woken for less than it costs. */
-enum { MIN_THREAD_CODES = 1 << 18, MIN_CHUNK_CODES = 1 << 15, CHUNKS_PER_THREAD = 8 };
+/* Codes that more than one thread shares, and codes of a chunk, at least. */
+enum { MIN_SHARED_CODES = 1 << 17, MIN_CHUNK_CODES = 1 << 15, CHUNKS_PER_THREAD = 8 };
 
 int vlmq_abi(void) { return VLMQ_ABI; }
 
@@ -111,29 +111,30 @@ void vlmq_plan_free(vlmq_plan *plan) {
     free(plan);
 }
 
-/* Threads that a job deserves, and the rows that each takes at a time. */
-static int divide(vlmq_job *job, int64_t n_tokens, int n_threads) {
-    int64_t n_codes = job->n_rows * job->plan->in_features;
-    int64_t n_useful = 1 + n_codes * n_tokens / MIN_THREAD_CODES;
-    int64_t n = min_int64(min_int64(n_threads, VLMQ_MAX_THREADS), n_useful);
-    n = n < 1 ? 1 : n;
-    int64_t least = MIN_CHUNK_CODES / job->plan->in_features, even = job->n_rows / (n * CHUNKS_PER_THREAD);
-    job->chunk_rows = round_up((least > even ? least : even) + 1, ROWS);
-    return (int)n;
+void vlmq_use_team(vlmq_team parallel) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, team_watch_forks);
+    atomic_store(&team.n_alone, 0);
+    atomic_store(&team.next_alone, FIRST_ALONE);
+    atomic_store(&team.parallel, parallel);
 }
 
 static int run_job(vlmq_job *job, vlmq_chunk_function run, int n_threads, int64_t n_tokens) {
-    n_threads = divide(job, n_tokens, n_threads);
-    job->scratch_bytes = scratch_bytes(job->plan);
-    int64_t image_bytes = job->n_tokens * job->plan->token_bytes;
+    const vlmq_plan *plan = job->plan;
+    int is_small = job->n_rows * plan->in_features * n_tokens < MIN_SHARED_CODES;
+    n_threads = is_small || n_threads < 1 ? 1 : n_threads < VLMQ_MAX_THREADS ? n_threads : VLMQ_MAX_THREADS;
+    int64_t least = MIN_CHUNK_CODES / plan->in_features, even = job->n_rows / (n_threads * CHUNKS_PER_THREAD);
+    job->chunk_rows = round_up((least > even ? least : even) + 1, ROWS);
+    job->scratch_bytes = scratch_bytes(plan);
+    int64_t image_bytes = job->n_tokens * plan->token_bytes;
     void *memory = NULL;
     if (posix_memalign(&memory, 64, (size_t)(image_bytes + n_threads * job->scratch_bytes))) return -1;
     job->images = memory;
     job->scratch = job->images + image_bytes;
     if (job->n_tokens)
-        pool_run(isas[job->plan->isa].kernels->quantize_token, job, job->n_tokens,
-                 job->n_tokens * job->plan->in_features < MIN_CHUNK_CODES ? 1 : n_threads);
-    pool_run(run, job, (job->n_rows + job->chunk_rows - 1) / job->chunk_rows, n_threads);
+        share_chunks(isas[plan->isa].kernels->quantize_token, job, job->n_tokens,
+                     job->n_tokens * plan->in_features < MIN_CHUNK_CODES ? 1 : n_threads);
+    share_chunks(run, job, (job->n_rows + job->chunk_rows - 1) / job->chunk_rows, n_threads);
     free(memory);
     return 0;
 }

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define VLMQ_ABI 1
+#define VLMQ_ABI 2
 #define VLMQ_MAX_TOKENS 64
 #define VLMQ_MAX_THREADS 64
 
@@ -60,6 +60,11 @@ VLMQ_EXPORT const char *vlmq_forced_isa(void);
 VLMQ_EXPORT vlmq_plan *vlmq_plan_create(const vlmq_format *format, int64_t in_features, int64_t group_size,
                                         int isa);
 VLMQ_EXPORT void vlmq_plan_free(vlmq_plan *plan);
+
+/* A function that calls run(data) in each of n_threads threads and returns when all have returned: GOMP_parallel of
+ * an OpenMP runtime, whose threads then serve instead of our own. NULL: our own. */
+typedef void (*vlmq_team)(void (*run)(void *data), void *data, unsigned n_threads, unsigned flags);
+VLMQ_EXPORT void vlmq_use_team(vlmq_team parallel);
 
 /* x (n_tokens, in_features), y (n_tokens, out_features) in `dtype`; n_tokens at most VLMQ_MAX_TOKENS.
  * The result does not depend on n_threads. Returns 0, or -1 if there is not enough memory. */

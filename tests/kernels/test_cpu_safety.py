@@ -1,8 +1,7 @@
-"""The C kernels touch only what they are given: guard pages, sizes that do not fit, threads, forks, no compiler."""
+"""The C kernels touch only what they are given: guard pages, sizes that do not fit, no compiler."""
 
 import ctypes
 import mmap
-import os
 import warnings
 
 import pytest
@@ -64,49 +63,6 @@ def test_nothing_beyond_the_tensors_is_read(name, isa):
         out = guarded.copy(torch.empty(out_features, in_features))
         assert layer.plan.library.vlmq_unpack(layer.address, 0, out_features, out.data_ptr(), 0, 1) == 0
         assert torch.equal(out, weight.dequantize())
-
-
-@needs_library
-@pytest.mark.parametrize("isa", ISAS)
-def test_number_of_threads_does_not_change_a_bit(isa):
-    layer = random_layer("int4", 1500, 1100, 64, isa)
-    x, many = torch.randn(3, 1100), torch.randn(20, 1100)
-    results = []
-    for n_threads in (1, 2, 3):
-        torch.set_num_threads(n_threads)
-        results.append((layer(x), layer.unpack(slice(0, 1500), torch.bfloat16), layer(many[:16])))
-    torch.set_num_threads(1)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
-
-
-@needs_library
-def test_two_threads_of_a_program_may_call_at_a_time():
-    from concurrent.futures import ThreadPoolExecutor
-
-    layer = random_layer("ternary", 1500, 1100, 64)
-    inputs = [torch.randn(2, 1100) for _ in range(24)]
-    expected = [layer(x) for x in inputs]
-    torch.set_num_threads(2)
-    with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(layer, inputs))
-    torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-
-
-@needs_library
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_has_threads_of_its_own():
-    layer, x = random_layer("ternary", 2000, 1024, None), torch.randn(1, 1024)
-    torch.set_num_threads(2)
-    before = layer(x)
-    for _ in range(3):
-        child = os.fork()
-        if not child:
-            os._exit(0 if all(torch.equal(layer(x), before) for _ in range(3)) else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    assert torch.equal(layer(x), before)
-    torch.set_num_threads(1)
 
 
 def arguments(name="int4", out_features=6, in_features=200, group_size=64):
