@@ -119,7 +119,7 @@ def encode_together(
         inputs = dict(processor(images=[row[0] for row in images], return_tensors="pt", **options))
     elif is_dual_encoder(processor):
         captions = [caption_of(row) or NO_CAPTION for row in rows]
-        text_options = _caption_options(processor.tokenizer, max_tokens)
+        text_options = caption_options(processor.tokenizer, max_tokens)
         pictures = [row[0] for row in images]
         inputs = dict(
             processor(text=captions, images=pictures, return_tensors="pt", **text_options, **options)
@@ -190,7 +190,7 @@ def _prefix_encoder(
     return encode
 
 
-def _caption_options(tokenizer: Any, max_tokens: int) -> dict[str, Any]:
+def caption_options(tokenizer: Any, max_tokens: int) -> dict[str, Any]:
     """Captions are cut at the tokenizer's limit.
 
     They are padded to that limit where no attention mask tells padding from text: such a model (SigLIP) was

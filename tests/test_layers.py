@@ -17,7 +17,7 @@ LAYERS = (
     "quantization , block_solving , run , planning , checkpoint , staging , integrity , hf , attach"
     " , embedding , opening , progress",
     "eval",
-    "terminal , cli , cli_bench",
+    "terminal , cli , cli_bench , cli_eval",
 )
 RANK = {
     room: i for i, layer in enumerate(LAYERS) for room in layer.replace("|", ",").replace(",", " ").split()

@@ -4,9 +4,8 @@ Nothing is decided here: each command opens what it is given, calls one function
 --json, a JSON object on stdout. Whatever the user can put right ends with one line on stderr and exit code 2.
 """
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from transformers import PreTrainedModel
@@ -15,13 +14,11 @@ from vlmq import checkpoint, terminal
 from vlmq.calib.data import load
 from vlmq.calib.saliency import SALIENCIES, read_options
 from vlmq.cli_bench import bench_command
+from vlmq.cli_eval import eval_command
 from vlmq.eval.demo import run_demo
-from vlmq.eval.evaluation import evaluate
-from vlmq.eval.perplexity import token_windows
-from vlmq.eval.report import Table, as_json, as_rich
+from vlmq.eval.report import Table
 from vlmq.eval.size import disk_bytes, model_size
 from vlmq.eval.summary import kernel_table, layer_table, part_table, plan_table
-from vlmq.eval.vqa import load_rows
 from vlmq.opening import check_device, open_empty, open_model, open_processor
 from vlmq.options import parse_options
 from vlmq.planning import Plan, plan
@@ -126,39 +123,7 @@ def quantize_command(
     _show_model(loaded, out, json, tables=tables)
 
 
-@app.command("eval")
-def eval_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of the model, packed or not.")],
-    text: Annotated[Path | None, typer.Option(help="A text file, for perplexity.")] = None,
-    vqa: Annotated[Path | None, typer.Option(help="A .jsonl of image, question, answer.")] = None,
-    reference: Annotated[str | None, typer.Option(help="The original model, to compare with.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
-    n_windows: Annotated[int | None, typer.Option(help="Windows of text; all unless told.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward.")] = 8,
-    device: Device = None,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
-    """Measure a model on text and questions, beside the original if --reference names it."""
-    if text is None and vqa is None:
-        raise ValueError("nothing to measure: give --text FILE, --vqa FILE.jsonl or both")
-    check_device(device)
-    ids, rows = None, None if vqa is None else load_rows(vqa)
-    written = None if text is None else text.read_text()
-    with terminal.working("loading"):
-        processor = open_processor(model, trust_remote_code=trust_remote_code)
-        tokenizer = getattr(processor, "tokenizer", processor)
-        if written is not None:
-            ids = token_windows(written, tokenizer, length=length, n_windows=n_windows)
-        loaded = open_model(model, device=device, trust_remote_code=trust_remote_code)
-        original = None
-        if reference is not None:
-            original = open_model(reference, device=device, trust_remote_code=trust_remote_code)
-    with terminal.working("measuring"):
-        table = evaluate(
-            loaded, processor, token_ids=ids, rows=rows, original=original, batch_size=batch_size
-        )
-    _show({"evaluation": table}, json)
+app.command("eval")(eval_command)
 
 
 @app.command("inspect")
@@ -189,7 +154,7 @@ def demo_command(
     """Quantize the model that ships with vlmq to four widths, and show what it cost. Offline."""
     terminal.follow("vlmq.eval.demo")
     demo = run_demo(out, seed=seed, progress=terminal.LiveProgress("demo"))
-    _show({"models": demo.table}, json, lines=[f"wrote {path}" for path in demo.files])
+    terminal.show({"models": demo.table}, json, lines=[f"wrote {path}" for path in demo.files])
 
 
 def parse_overrides(texts: list[str]) -> dict[str, str | None]:
@@ -218,7 +183,7 @@ def _show_plan(steps: Plan, json: bool) -> None:
         "warnings": steps.warnings(),
     }
     if json:
-        _show({"plan": plan_table(steps), **figures}, json)
+        terminal.show({"plan": plan_table(steps), **figures}, json)
     else:
         terminal.out.print(str(steps), highlight=False, markup=False)
 
@@ -242,19 +207,7 @@ def _show_model(model: PreTrainedModel, folder: Path, json: bool, *, tables: dic
         f"{size.bits_per_parameter:.3f} bits per parameter of everything{on_disk}",
         *(f"{key}: {value}" for key, value in metadata.items()),
     ]
-    _show(content, json, lines=lines)
-
-
-def _show(content: dict[str, Any], json: bool, *, lines: list[str] | None = None) -> None:
-    """Print tables and lines, or everything as JSON."""
-    if json:
-        sys.stdout.write(as_json(content) + "\n")
-        return
-    for value in content.values():
-        if isinstance(value, Table):
-            terminal.show_table(as_rich(value))
-    for line in lines or []:
-        terminal.out.print(line, highlight=False, markup=False)
+    terminal.show(content, json, lines=lines)
 
 
 def _message(error: Exception) -> str:

@@ -4,8 +4,10 @@ Progress, messages and errors go to stderr and results to stdout, so `--json` ou
 """
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import huggingface_hub
 import transformers
@@ -18,8 +20,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as RichTable
 
+from vlmq.eval.report import Table, as_json, as_rich
 from vlmq.report import LayerReport
 
 WIDTH_OF_FILES = 200
@@ -97,7 +100,19 @@ def show_step(message: str) -> None:
     err.print(message, soft_wrap=True, highlight=False, markup=False)
 
 
-def show_table(table: Table) -> None:
+def show(content: dict[str, Any], is_json: bool, *, lines: Sequence[str] = ()) -> None:
+    """Print the tables of a report and then lines, or all of its content as JSON; results on stdout."""
+    if is_json:
+        sys.stdout.write(as_json(content) + "\n")
+        return
+    for value in content.values():
+        if isinstance(value, Table):
+            show_table(as_rich(value))
+    for line in lines:
+        out.print(line, highlight=False, markup=False)
+
+
+def show_table(table: RichTable) -> None:
     """A table on stdout, as wide as the terminal; in a file or a pipe as wide as it needs to be."""
     Console(soft_wrap=True, width=None if out.is_terminal else WIDTH_OF_FILES).print(table)
 
