@@ -56,11 +56,15 @@ static inline float float_at(const void *array, int64_t i, int dtype) {
     return dtype == 1 ? float_of_bfloat16(half) : float_of_float16(half);
 }
 
-static inline void store_float(void *array, int64_t i, int dtype, float value) {
+static inline void store_floats(void *array, int64_t at, int dtype, const float *values, int64_t n) {
+    float *floats = (float *)array + at;
+    uint16_t *halves = (uint16_t *)array + at;
     if (dtype == 0)
-        ((float *)array)[i] = value;
+        for (int64_t i = 0; i < n; i++) floats[i] = values[i];
+    else if (dtype == 1)
+        for (int64_t i = 0; i < n; i++) halves[i] = bfloat16_of_float(values[i]);
     else
-        ((uint16_t *)array)[i] = dtype == 1 ? bfloat16_of_float(value) : float16_of_float(value);
+        for (int64_t i = 0; i < n; i++) halves[i] = float16_of_float(values[i]);
 }
 
 #endif

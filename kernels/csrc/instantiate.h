@@ -34,6 +34,7 @@
 #undef TIMES
 #undef MINUS
 #undef TIMES_PLUS
-#undef TOTAL
+#undef FOUR_TOTALS
+#undef WIDE_DOT
 #undef UNPACK_VECTOR
 #undef DEFINE_SWEEP

@@ -29,14 +29,16 @@
 #define BYTES(p) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p))))
 #define STORE_FLOATS(p, v) _mm256_storeu_ps(p, v)
 #define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define TOTAL(v) total_of_8(v)
+#define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_8(a, b, c, d))
 
-#ifndef VLMQ_TOTAL_OF_8
-#define VLMQ_TOTAL_OF_8
-__attribute__((target("avx2"))) static inline float total_of_8(__m256 v) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#ifndef VLMQ_FOUR_TOTALS_OF_8
+#define VLMQ_FOUR_TOTALS_OF_8
+/* Of each 4 numbers first, (0 + 2) + (1 + 3), then of the two parts of 8. */
+__attribute__((target("avx2"))) static inline __m128 four_totals_of_8(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 #endif
 

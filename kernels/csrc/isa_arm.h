@@ -30,6 +30,6 @@
 #define BYTES(p) ((floats_t){(p)[0], (p)[1], (p)[2], (p)[3]})
 #define STORE_FLOATS(p, v) vst1q_f32(p, v)
 #define TIMES_PLUS(a, b, c) vfmaq_f32(c, a, b)
-#define TOTAL(v) vaddvq_f32(v)
+#define FOUR_TOTALS(p, a, b, c, d) vst1q_f32(p, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)))
 
 #include "instantiate.h"

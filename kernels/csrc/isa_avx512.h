@@ -35,6 +35,16 @@
 #define BYTES(p) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p))))
 #define STORE_FLOATS(p, v) _mm512_storeu_ps(p, v)
 #define TIMES_PLUS(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define TOTAL(v) _mm512_reduce_add_ps(v)
+#define WIDE_DOT
+#define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_16(a, b, c, d))
+
+/* Of each 4 numbers first, (0 + 2) + (1 + 3), then of the four parts of 16. */
+VLMQ_TARGET static inline __m128 four_totals_of_16(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
 
 #include "instantiate.h"

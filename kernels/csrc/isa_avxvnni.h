@@ -4,6 +4,7 @@
 #define WIDTH 32
 
 #define sums_t __m256i
+#define WIDE_DOT
 #define DOT(sums, codes, x) _mm256_dpbusd_avx_epi32(sums, codes, x)
 #define FLOATS_OF(sums) _mm256_cvtepi32_ps(sums)
 

@@ -111,6 +111,10 @@ static inline portable_floats portable_keep(portable_floats v, const uint32_t *m
         memcpy(p, &stored_floats, sizeof stored_floats); \
     } while (0)
 #define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
-#define TOTAL(v) (((v)[0] + (v)[1]) + ((v)[2] + (v)[3]))
+#define FOUR_TOTALS(p, a, b, c, d)          \
+    do {                                    \
+        const portable_floats of[4] = {a, b, c, d}; \
+        for (int r = 0; r < 4; r++) (p)[r] = (of[r][0] + of[r][1]) + (of[r][2] + of[r][3]); \
+    } while (0)
 
 #include "instantiate.h"

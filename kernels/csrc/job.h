@@ -30,7 +30,7 @@ typedef struct {
 
 /* The parts of a worker's scratch. */
 typedef struct {
-    float *scales;   /* (ROWS, n_spans padded) */
+    float *scales;   /* (2, n_terms, ROWS, n_spans padded) */
     float *values;   /* (in_features padded) */
     int8_t *codes;   /* (in_features padded) */
     uint8_t *row;    /* (ROWS, row_reach padded), rows whose vectors would leave the tensor */
@@ -44,15 +44,17 @@ static int64_t padded_codes(const vlmq_plan *plan) { return round_up(plan->in_fe
 
 static int64_t padded_row(const vlmq_plan *plan) { return round_up(plan->row_reach + 64, 64); }
 
+static int64_t scale_floats(const vlmq_plan *plan) { return 2 * plan->format.n_terms * ROWS * padded_spans(plan); }
+
 static int64_t scratch_bytes(const vlmq_plan *plan) {
-    int64_t n_floats = ROWS * padded_spans(plan) + padded_codes(plan);
+    int64_t n_floats = scale_floats(plan) + padded_codes(plan);
     return round_up(n_floats * (int64_t)sizeof(float) + padded_codes(plan) + ROWS * padded_row(plan), 64);
 }
 
 static vlmq_scratch scratch_of(const vlmq_job *job, int worker) {
     vlmq_scratch scratch;
     scratch.scales = (float *)(void *)(job->scratch + worker * job->scratch_bytes);
-    scratch.values = scratch.scales + ROWS * padded_spans(job->plan);
+    scratch.values = scratch.scales + scale_floats(job->plan);
     scratch.codes = (int8_t *)(scratch.values + padded_codes(job->plan));
     scratch.row = (uint8_t *)scratch.codes + padded_codes(job->plan);
     return scratch;

@@ -11,7 +11,7 @@
  * has four steps as two bits have.
  *
  * A row is swept once, or twice: 3 bits as a part of 2 bits and one of 1 bit (times 4), 8 bits as two nibbles
- * (times 16), formats of two terms once for each term through a table of 16 bytes.
+ * (times 16) where the dot products of the machine take no more, formats of two terms once for each term through a table of 16 bytes.
  *
  * The last, shorter block has a lane count of its own, so its groups fall anywhere: its activations are laid
  * once for each of its groups, with zeros for the codes of other groups. Zeros also stand where a vector
@@ -24,11 +24,11 @@
 
 #include "vlmq_cpu.h"
 
-enum { BLOCK = 128, MAX_SWEEPS = 2, MAX_UNITS = 4, MAX_LANES = 16, PAD_FLOATS = 16 };
+enum { BLOCK = 128, MAX_SWEEPS = 2, MAX_UNITS = 4, MAX_LANES = 16, PAD_FLOATS = 16, WHOLE = 2 };
 
 typedef struct {
     int bits;            /* 1, 2, 4 or 8 */
-    int variant;         /* 1: through the table; for 8 bits: the high nibble */
+    int variant;         /* 1: through the table; for 8 bits: the high nibble, or WHOLE */
     int term;
     float factor;        /* of the sums of products, step included */
     uint8_t table[16];
@@ -176,7 +176,7 @@ static void plan_image(vlmq_plan *plan) {
     plan->token_bytes = at + 64;
 }
 
-static void describe_sweeps(vlmq_plan *plan) {
+static void describe_sweeps(vlmq_plan *plan, int is_wide) {
     const vlmq_format *format = &plan->format;
     vlmq_sweep *first = &plan->sweeps[0], *second = &plan->sweeps[1];
     first->bits = second->bits = format->bits;
@@ -195,6 +195,8 @@ static void describe_sweeps(vlmq_plan *plan) {
         second->bits = 1;
         second->offset = part_bytes(plan->in_features, 2);
         second->factor *= 4;
+    } else if (format->bits == 8 && is_wide) {
+        first->variant = WHOLE;
     } else if (format->bits == 8) {
         plan->n_sweeps = 2;
         second->variant = 1;
@@ -211,7 +213,7 @@ static int is_known(const vlmq_format *format, int64_t in_features, int64_t grou
 }
 
 static vlmq_plan *plan_create(const vlmq_format *format, int64_t in_features, int64_t group_size, int isa,
-                              int width) {
+                              int width, int is_wide) {
     if (!is_known(format, in_features, group_size)) return NULL;
     vlmq_plan *plan = calloc(1, sizeof *plan);
     if (!plan) return NULL;
@@ -229,7 +231,7 @@ static vlmq_plan *plan_create(const vlmq_format *format, int64_t in_features, in
     plan->n_tail_spans = plan->n_spans - plan->tail_span;
     plan->row_bytes = format->bits == 3 ? part_bytes(in_features, 2) + part_bytes(in_features, 1)
                                         : part_bytes(in_features, format->bits);
-    describe_sweeps(plan);
+    describe_sweeps(plan, is_wide);
     int is_planned = 1;
     for (int i = 0; i < plan->n_sweeps; i++) is_planned &= plan_sweep(plan, &plan->sweeps[i]);
     if (!is_planned) {

@@ -70,21 +70,21 @@ static int has_always(void) { return 1; }
 
 static const struct {
     const char *name;
-    int width;
+    int width, is_wide; /* bytes of a vector; whether a dot product takes codes of 8 bits */
     int (*runs_here)(void);
     const vlmq_kernels *kernels;
 } isas[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", 64, has_avx512vnni, &kernels_avx512vnni},
+    {"avx512vnni", 64, 1, has_avx512vnni, &kernels_avx512vnni},
 #if defined(VLMQ_HAS_AVXVNNI)
-    {"avxvnni", 32, has_avxvnni, &kernels_avxvnni},
+    {"avxvnni", 32, 1, has_avxvnni, &kernels_avxvnni},
 #endif
-    {"avx2", 32, has_avx2, &kernels_avx2},
+    {"avx2", 32, 0, has_avx2, &kernels_avx2},
 #elif defined(__aarch64__)
-    {"neon-dotprod", 16, has_dotprod, &kernels_neon_dotprod},
-    {"neon", 16, has_always, &kernels_neon},
+    {"neon-dotprod", 16, 0, has_dotprod, &kernels_neon_dotprod},
+    {"neon", 16, 0, has_always, &kernels_neon},
 #endif
-    {"portable", 16, has_always, &kernels_portable},
+    {"portable", 16, 0, has_always, &kernels_portable},
 };
 
 enum { N_ISAS = sizeof isas / sizeof *isas };
@@ -102,7 +102,7 @@ const char *vlmq_forced_isa(void) { return getenv("VLMQ_CPU_ISA"); }
 
 vlmq_plan *vlmq_plan_create(const vlmq_format *format, int64_t in_features, int64_t group_size, int isa) {
     if (!vlmq_isa_runs_here(isa)) return NULL;
-    return plan_create(format, in_features, group_size, isa, isas[isa].width);
+    return plan_create(format, in_features, group_size, isa, isas[isa].width, isas[isa].is_wide);
 }
 
 void vlmq_plan_free(vlmq_plan *plan) {

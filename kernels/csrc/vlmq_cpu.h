@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define VLMQ_ABI 2
-#define VLMQ_MAX_TOKENS 64
+#define VLMQ_MAX_TOKENS 16
 #define VLMQ_MAX_THREADS 64
 
 enum vlmq_dtype { VLMQ_FLOAT32 = 0, VLMQ_BFLOAT16 = 1, VLMQ_FLOAT16 = 2 };
