@@ -74,26 +74,36 @@ def read_table(path: Path) -> dict[str, MatmulConfig]:
 
 
 def default_matmul(
-    n_tokens: int, out_features: int, in_features: int, bits: int, group_size: int, n_processors: int
+    arch: str,
+    n_tokens: int,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    n_processors: int,
 ) -> MatmulConfig:
     """Tiles for a shape that the table does not hold.
 
     Args:
+        arch: sm_<compute capability>.
         n_tokens, out_features, in_features: sizes of the product.
         bits: width of a code.
         group_size: weights per group, 0 for one group per channel.
         n_processors: streaming multiprocessors of the GPU.
 
     Returns:
-        A configuration whose programs fill the GPU about twice, if each then still has four iterations.
+        A configuration with up to eight warps for each processor, if each program then still has four iterations.
     """
     block_n = 128
-    block_m = next((m for m in (16, 32) if n_tokens <= m), 64)
+    block_m = next((m for m in (8, 16, 32) if n_tokens <= m), 64)
+    # For few tokens four warps would take the products of warp groups (sm_90) or of tensor memory (sm_100), which wait
+    # or copy at each plane of codes: 1.3 to 2 times the instructions. For many, four have too few registers but there.
+    warps = 2 if block_m <= 16 else 4 if block_m == 32 or arch == "sm_90" else 8
     # Two blocks of 8-bit codes need more registers than there are.
     blocks = 1 if group_size or bits == 8 else 2
     tiles = -(-out_features // block_n) * -(-n_tokens // block_m)
     iterations = in_features // (128 * blocks)
     splits = 1
-    while splits < 16 and 2 * splits * tiles <= 2 * n_processors and 8 * splits <= iterations:
+    while splits < 16 and 2 * splits * tiles * warps <= 8 * n_processors and 8 * splits <= iterations:
         splits *= 2
-    return MatmulConfig(block_n, block_m, blocks, splits, 4, 4 if block_m < 64 else 3)
+    return MatmulConfig(block_n, block_m, blocks, splits, warps, 4 if block_m < 64 else 3)

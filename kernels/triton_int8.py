@@ -3,12 +3,12 @@
     y[m, o] = s[o] sx[m] (sum_k q[o, k] xq[m, k] - c[o] sum_k xq[m, k])
     xq = floor(x / sx + 1/2),  sx = max |x| / 127 of the token
 
-At 2 bits and below, a GPU cannot unpack codes to floats as fast as it reads them; four bytes of codes are one shift and
-one mask. It rounds activations, so it is never chosen unasked: call `quant_linear`.
+At 2 bits and below, a GPU cannot unpack codes to floats as fast as it reads them; four bytes of codes are one mask. It
+rounds activations, so it is never chosen unasked: call `quant_linear`.
 
-A 32-bit word j of a block holds lanes 2j and 2j + 1 (`vlmq.kernels.packing`). Masked after a shift by b i, its four
-bytes are the codes k = L i + 2j + (0, 64, 1, 65), L = 8 b lanes, for every width b. Activations are stored as words of
-the same order, (tokens, 8 / b, words of a row) int32, by the kernel that quantizes them.
+A 32-bit word j of a block holds lanes 2j and 2j + 1 (`vlmq.kernels.packing`). Masked at the bits from b i on, its four
+bytes are 2^(b i) times the codes k = L i + 2j + (0, 64, 1, 65), L = 8 b lanes, for every width b. Activations are
+stored as words of the same order, (tokens, 8 / b, words of a row) int32, by the kernel that quantizes them.
 """
 
 import torch
@@ -21,6 +21,13 @@ from vlmq.kernels.triton_linear import kernel_format, launch_options, n_processo
 
 ONES = tl.constexpr(0x01010101)
 BLOCK_N = 8
+
+
+@triton.constexpr_function
+def field_mask(bits, position):
+    """Mask of the field at a position of each byte of a word, as a signed number."""
+    mask = ((1 << bits) - 1) * 0x01010101 << bits * position
+    return mask - 2**32 if mask >= 2**31 else mask
 
 
 @triton.jit
@@ -70,6 +77,70 @@ def _dot4(codes, x, total, ASM: tl.constexpr):
     return total
 
 
+@triton.jit
+def _quarters(words):
+    """Four tensors (rows, columns) of the words (rows, 4 columns): one of each four neighbours, held by one thread."""
+    even, odd = tl.split(tl.reshape(words, [words.shape[0], words.shape[1] // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _dot16(codes, x, total, ASM: tl.constexpr):
+    """total (rows, columns) + the products of four words each of codes (rows, 4 columns) and x (1, 4 columns)."""
+    c = _quarters(codes)
+    a = _quarters(x)
+    for i in tl.static_range(4):
+        total = _dot4(c[i], a[i], total, ASM)
+    return total
+
+
+@triton.jit
+def _add_products(
+    t0,
+    t1,
+    t2,
+    t3,
+    x_total,
+    w,
+    p_x,
+    m_w,
+    n_words,
+    BITS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Add the products of w (rows, words) and x to the sums of the positions, and x (1, words) to its own sum.
+
+    Codes are masked where they are, not shifted down: position j of each byte has a sum of its own, 2^(BITS j) times
+    too large. After POSITIONS of them the word is shifted once, for the next ones.
+    """
+    for i in tl.static_range(8 // BITS):
+        # [1, words]
+        x = tl.load(p_x + i * n_words, mask=m_w, other=0)
+        x_total = _dot16(x * 0 + ONES, x, x_total, ASM)
+        codes = (w >> (BITS * (i - i % POSITIONS))) & field_mask(BITS, i % POSITIONS)
+        if i % POSITIONS == 0:
+            t0 = _dot16(codes, x, t0, ASM)
+        elif i % POSITIONS == 1:
+            t1 = _dot16(codes, x, t1, ASM)
+        elif i % POSITIONS == 2:
+            t2 = _dot16(codes, x, t2, ASM)
+        else:
+            t3 = _dot16(codes, x, t3, ASM)
+    return t0, t1, t2, t3, x_total
+
+
+@triton.jit
+def _together(t0, t1, t2, t3, BITS: tl.constexpr, POSITIONS: tl.constexpr):
+    """Sum over the positions j of t_j 2^(-BITS j), exactly."""
+    total = (t0 << BITS) + t1
+    if POSITIONS == 4:
+        total = (((total << BITS) + t2) << BITS) + t3
+    return total >> (BITS * (POSITIONS - 1))
+
+
 @triton.jit(do_not_specialize=["M"])
 def int8_matmul_kernel(
     p_words,
@@ -100,42 +171,44 @@ def int8_matmul_kernel(
     """
     BITS: tl.constexpr = FORMAT[0]
     WORDS: tl.constexpr = 4 * BITS
-    N_GROUPS: tl.constexpr = BLOCK_WORDS // WORDS
+    COLUMNS: tl.constexpr = BLOCK_WORDS // 4
+    POSITIONS: tl.constexpr = min(4, 8 // BITS)
     tl.static_assert(FORMAT[1] == 1 and (GROUP == 0 or GROUP == 128))
     i_m, i_s = tl.program_id(1).to(tl.int64), tl.program_id(2)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(o_n, N - 1).to(tl.int64)
     share = tl.cdiv(tl.cdiv(n_words, BLOCK_WORDS), tl.num_programs(2)) * BLOCK_WORDS
-    total = tl.zeros([BLOCK_N, BLOCK_WORDS], dtype=tl.int32)
-    x_total = tl.zeros([1, BLOCK_WORDS], dtype=tl.int32)
-    acc = tl.zeros([BLOCK_N, N_GROUPS], dtype=tl.float32)
+    n_groups = n_words // WORDS
+    p_w = p_weight + row[:, None] * n_words
+    p_s = p_scales + row[:, None] * n_groups
+    p_z = None if p_zeros is None else p_zeros + row[:, None] * n_groups
+    p_x = p_words + i_m * (8 // BITS) * n_words
+    zeros = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32)
+    t0, t1, t2, t3 = zeros, zeros, zeros, zeros
+    x_total = tl.zeros([1, COLUMNS], dtype=tl.int32)
+    acc = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.float32)
     for start in range(i_s * share, tl.minimum((i_s + 1) * share, n_words), BLOCK_WORDS):
         o_w = start + tl.arange(0, BLOCK_WORDS)[None, :]
         m_w = o_w < n_words
         # [BLOCK_N, BLOCK_WORDS]
-        p_w = p_weight + row[:, None] * n_words + o_w
         # Words beyond the row meet activations of zero: what they hold does not count.
-        w = tl.load(p_w, mask=m_w, eviction_policy="evict_first")
+        w = tl.load(p_w + o_w, mask=m_w, eviction_policy="evict_first")
         if GROUP != 0:
-            total = tl.zeros_like(total)
+            t0, t1, t2, t3 = zeros, zeros, zeros, zeros
             x_total = tl.zeros_like(x_total)
-        for i in tl.static_range(8 // BITS):
-            # [1, BLOCK_WORDS]
-            x = tl.load(p_words + (i_m * (8 // BITS) + i) * n_words + o_w, mask=m_w, other=0)
-            total = _dot4((w >> (BITS * i)) & (((1 << BITS) - 1) * ONES), x, total, ASM)
-            x_total = _dot4(x * 0 + ONES, x, x_total, ASM)
+        t0, t1, t2, t3, x_total = _add_products(
+            t0, t1, t2, t3, x_total, w, p_x + o_w, m_w, n_words, BITS, POSITIONS, ASM
+        )
         if GROUP != 0:
-            # [BLOCK_N, N_GROUPS]
-            t = tl.sum(tl.reshape(total, [BLOCK_N, N_GROUPS, WORDS]), axis=2).to(tl.float32)
-            x_sum = tl.sum(tl.reshape(x_total, [1, N_GROUPS, WORDS]), axis=2).to(tl.float32)
-            n_groups = n_words // WORDS
-            o_g = tl.minimum(start // WORDS + tl.arange(0, N_GROUPS), n_groups - 1)[None, :]
-            group = row[:, None] * n_groups + o_g
-            s, centre = _line(p_scales + group, None if p_zeros is None else p_zeros + group, FORMAT)
-            acc += s * (t - centre * x_sum)
+            # [BLOCK_N, COLUMNS], parts of groups: the sum over a group is that of the columns at the end.
+            t = _together(t0, t1, t2, t3, BITS, POSITIONS).to(tl.float32)
+            o_g = tl.minimum((start + 4 * tl.arange(0, COLUMNS)) // WORDS, n_groups - 1)[None, :]
+            s, centre = _line(p_s + o_g, None if p_zeros is None else p_z + o_g, FORMAT)
+            acc += s * (t - centre * x_total.to(tl.float32))
     if GROUP == 0:
+        t = tl.sum(_together(t0, t1, t2, t3, BITS, POSITIONS), axis=1).to(tl.float32)
         s, centre = _line(p_scales + row, None if p_zeros is None else p_zeros + row, FORMAT)
-        y = s * (tl.sum(total, axis=1).to(tl.float32) - centre * tl.sum(x_total).to(tl.float32))
+        y = s * (t - centre * tl.sum(x_total).to(tl.float32))
     else:
         y = tl.sum(acc, axis=1)
     y *= tl.load(p_x_scales + i_m)

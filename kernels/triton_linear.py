@@ -237,11 +237,10 @@ def _dequantize(
 def choose_config(x: Tensor, out_features: int, fmt: Format, group_size: int) -> MatmulConfig:
     """Return the tuned tiles for x (n_tokens, in_features) on its device, or those of the rule."""
     n_tokens, in_features = x.shape
-    key = matmul_key(
-        architecture(x.device), n_tokens, out_features, in_features, fmt.bits, fmt.n_terms, group_size
-    )
+    arch = architecture(x.device)
+    key = matmul_key(arch, n_tokens, out_features, in_features, fmt.bits, fmt.n_terms, group_size)
     return tuned_table().get(key) or default_matmul(
-        n_tokens, out_features, in_features, fmt.bits, group_size, n_processors(x.device)
+        arch, n_tokens, out_features, in_features, fmt.bits, group_size, n_processors(x.device)
     )
 
 

@@ -22,6 +22,7 @@ from vlmq.kernels.triton_unpack import (
     digit,
     field,
     gather_codes,
+    second_eight,
     unscale,
     weights_of,
     zero_addend,
@@ -87,6 +88,7 @@ def _products(
     t0,
     t1,
     stored,
+    second,
     p_x,
     m_x,
     p_w,
@@ -103,8 +105,8 @@ def _products(
     """Add the products of BLOCKS blocks; returns (acc, t0, t1).
 
     Groups end in acc; per channel, the sums t0 and t1 of the two terms go on growing instead. `stored` are the scales
-    and zero points of the block where it is one group or less. p_x: (columns, BLOCK_M), p_w and p_high: (BLOCK_N,
-    columns), p_s and p_z: (BLOCK_N,) at the first group of the block.
+    and zero points of the block where it is one group or less, `second` is that of `field`. p_x: (columns, BLOCK_M),
+    p_w and p_high: (BLOCK_N, columns), p_s and p_z: (BLOCK_N,) at the first group of the block.
     """
     BITS: tl.constexpr = FORMAT[0]
     TERMS: tl.constexpr = FORMAT[1]
@@ -120,7 +122,6 @@ def _products(
         # [BLOCK_N, COLUMNS]
         w = _load_lanes(p_w + part * COLUMNS, m_w)
         high = w
-        second = (tl.arange(0, COLUMNS)[None, :] // 8 % 2).to(tl.uint16)
         if BITS == 3:
             high = _load_lanes(p_high, m_w)
         for plane in tl.static_range(128 // CODES):
@@ -153,6 +154,7 @@ def _whole_block_products(
     acc,
     p_x,
     m_x,
+    p_weight,
     p_w,
     p_s,
     p_z,
@@ -166,7 +168,8 @@ def _whole_block_products(
 ):
     """Add the products of this split's blocks of 128 codes.
 
-    p_x: (1, BLOCK_M) rows of x, p_w: (BLOCK_N, 1) packed rows, p_s and p_z: (BLOCK_N,) rows of scales, zero points.
+    p_x: (1, BLOCK_M) rows of x, p_w: (BLOCK_N, 1) packed rows of p_weight, p_s and p_z: (BLOCK_N,) rows of scales and
+    of zero points.
     """
     BITS: tl.constexpr = FORMAT[0]
     TERMS: tl.constexpr = FORMAT[1]
@@ -184,6 +187,7 @@ def _whole_block_products(
     p_high = p_w + high_lanes + twice
     p_low = p_w + (twice if BITS == 1 and BLOCKS == 1 else o_column[None, :])
 
+    second = second_eight(p_weight, K, COLUMNS)
     t0 = tl.zeros_like(acc)
     t1 = tl.zeros_like(acc)
     PER_BLOCK: tl.constexpr = 0 if GROUP == 0 else 128 // GROUP
@@ -204,6 +208,7 @@ def _whole_block_products(
             t0,
             t1,
             stored,
+            second,
             p_x_tile + block * 128,
             m_x_tile,
             p_low + block * LANES,
@@ -305,7 +310,7 @@ def matmul_kernel(
     """
     TERMS: tl.constexpr = FORMAT[1]
     tl.static_assert(BLOCKS == 1 or GROUP == 0)
-    tl.static_assert(BLOCK_N >= 16 and BLOCK_M >= 16)
+    tl.static_assert(BLOCK_N >= 16 and BLOCK_M >= 8)
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -315,11 +320,12 @@ def matmul_kernel(
     p_s = p_scales + row * (n_groups * TERMS)
     p_z = None if p_zeros is None else p_zeros + row * n_groups
     p_row = p_weight + row[:, None] * (row_units * UNIT)
+    o_high = high_units * UNIT
     m_x = (o_m < M)[None, :]
     p_x_rows = p_x + o_m.to(tl.int64)[None, :] * K
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     acc = _whole_block_products(
-        acc, p_x_rows, m_x, p_row, p_s, p_z, K, high_units * UNIT, FORMAT, GROUP, BLOCKS, COMPUTE, ASM
+        acc, p_x_rows, m_x, p_weight, p_row, p_s, p_z, K, o_high, FORMAT, GROUP, BLOCKS, COMPUTE, ASM
     )
     if TAIL and i_s == tl.num_programs(2) - 1:
         acc = _tail_products(
@@ -330,7 +336,7 @@ def matmul_kernel(
             p_s[:, None],
             None if p_zeros is None else p_z[:, None],
             K,
-            high_units * UNIT,
+            o_high,
             FORMAT,
             GROUP,
             COMPUTE,

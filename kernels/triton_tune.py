@@ -35,21 +35,21 @@ class Shape:
     n_tokens: int
 
 
-def candidates(shape: Shape, n_processors: int) -> list[MatmulConfig]:
-    """Return the rule's configuration first, then its neighbours in tile height, splits, stages and blocks."""
+def candidates(shape: Shape, arch: str, n_processors: int) -> list[MatmulConfig]:
+    """Return the rule's configuration first, then its neighbours in tile height, splits, stages, blocks and warps."""
     bits = get_format(shape.format_name).bits
-    rule = default_matmul(
-        shape.n_tokens, shape.out_features, shape.in_features, bits, shape.group_size, n_processors
-    )
+    sizes = (shape.n_tokens, shape.out_features, shape.in_features)
+    rule = default_matmul(arch, *sizes, bits, shape.group_size, n_processors)
     blocks = [1] if shape.group_size or bits == 8 else [1, 2, 4]
     found = [rule]
-    for block_n in (64, 128):
+    for block_n, warps in (
+        ((64, 2), (128, 2), (128, 4), (256, 4)) if rule.block_m < 64 else ((128, 4), (128, 8))
+    ):
         for n_blocks in blocks:
-            for splits in {max(1, rule.splits // 2), rule.splits, 2 * rule.splits, 4 * rule.splits}:
-                for stages in (3, 4, 5):
-                    found.append(
-                        replace(rule, block_n=block_n, blocks=n_blocks, splits=splits, stages=stages)
-                    )
+            for splits in sorted({max(1, rule.splits // 2), rule.splits, 2 * rule.splits, 4 * rule.splits}):
+                for stages in (3, 4):
+                    tiles = {"block_n": block_n, "blocks": n_blocks, "splits": splits}
+                    found.append(replace(rule, **tiles, warps=warps, stages=stages))
     return list(dict.fromkeys(found))
 
 
@@ -78,13 +78,14 @@ def tune(
         raise RuntimeError("kernels cannot be tuned while a CUDA graph is captured; tune before")
     path = path or user_table()
     device = torch.device("cuda", torch.cuda.current_device())
+    arch = triton_linear.architecture(device)
     found = {}
     for shape in shapes:
         fmt = get_format(shape.format_name)
-        tried = candidates(shape, triton_linear.n_processors(device))
+        tried = candidates(shape, arch, triton_linear.n_processors(device))
         seconds = {config: (measure or measure_seconds)(shape, config) for config in tried}
         key = matmul_key(
-            triton_linear.architecture(device),
+            arch,
             shape.n_tokens,
             shape.out_features,
             shape.in_features,

@@ -153,6 +153,17 @@ def zero_addend(zeros, BITS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.cons
 
 
 @triton.jit
+def second_eight(p_lanes, K, COLUMNS: tl.constexpr):
+    """(1, COLUMNS) uint16: 1 in the upper eight of each sixteen columns, else 0; what `field` takes as `second`.
+
+    The condition is never true and nothing is read; but the compiler takes a change of layout from what is computed
+    back only to loads and constants. From a plain range every plane of codes would go through shared memory.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(p_lanes + column, mask=column < tl.minimum(K, 0), other=(column // 8 % 2).to(tl.uint16))
+
+
+@triton.jit
 def field(
     lanes,
     high,

@@ -57,10 +57,16 @@ def test_what_it_does_not_take_is_refused(name, in_features, group_size, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "group_size", "budget"),
-    [("ternary", 0, 1.0), ("int2", 0, 1.0), ("binary", 0, 1.0), ("ternary", 128, 1.2)],
+    ("name", "group_size", "arch", "budget"),
+    [
+        *(("ternary", group_size, arch, 1.0) for group_size in (0, 128) for arch in (80, 90, 100, 120)),
+        ("int2", 128, 90, 1.05),
+        ("int2", 0, 90, 1.0),
+        ("binary", 0, 90, 0.8),
+        ("binary", 128, 90, 0.9),
+    ],
 )
-def test_machine_code_keeps_to_its_budget(name, group_size, budget):
+def test_machine_code_keeps_to_its_budget(name, group_size, arch, budget):
     pytest.importorskip("triton")
     from triton_static import compile_kernel, kernel_format, skip_without_tools
 
@@ -72,7 +78,7 @@ def test_machine_code_keeps_to_its_budget(name, group_size, budget):
     pointers |= {"p_zeros": "*u8" if get_format(name).has_zero else None, "p_y": "*fp32"}
     constants = {"FORMAT": kernel_format(name), "GROUP": group_size, "BLOCK_WORDS": 128, "ASM": True}
     constants["BLOCK_N"] = triton_int8.BLOCK_N
-    code = compile_kernel(triton_int8.int8_matmul_kernel, 90, pointers, constants, warps=1)
+    code = compile_kernel(triton_int8.int8_matmul_kernel, arch, pointers, constants, warps=1)
     assert code.n_spills == 0
     assert code.loop["IDP"] > 0
     assert code.loop["BAR"] == 0

@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 7e-3}
 HALVES = (torch.float16, torch.bfloat16)
 
 # (block_n, block_m, blocks, splits, warps, stages)
-SMALL = (16, 16, 1, 1, 4, 2)
+SMALL = (16, 8, 1, 1, 4, 2)
 SPLIT = (16, 16, 1, 3, 4, 2)
 
 

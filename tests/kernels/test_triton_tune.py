@@ -46,14 +46,14 @@ def test_tuned_entry_is_taken_and_another_shape_follows_the_rule(monkeypatch):
     key = matmul_key("cpu", 3, 96, 256, 4, 1, 64)
     monkeypatch.setattr(triton_linear, "tuned_table", lambda: {key: tuned})
     assert triton_linear.choose_config(x, 96, fmt, 64) == tuned
-    assert triton_linear.choose_config(x, 97, fmt, 64) == default_matmul(3, 97, 256, 4, 64, 8)
+    assert triton_linear.choose_config(x, 97, fmt, 64) == default_matmul("cpu", 3, 97, 256, 4, 64, 8)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 17, 64, 250])
 @pytest.mark.parametrize("in_features", [1, 128, 4096])
 @pytest.mark.parametrize("group_size", [0, 128])
 def test_rule_gives_tiles_that_the_kernel_takes(n_tokens, in_features, group_size):
-    config = default_matmul(n_tokens, 4096, in_features, 4, group_size, 132)
+    config = default_matmul("sm_90", n_tokens, 4096, in_features, 4, group_size, 132)
     assert config.block_m >= min(n_tokens, 64)
     assert config.blocks == 1 or group_size == 0
     assert config.splits == 1 or config.splits * 128 * config.blocks <= in_features
@@ -61,7 +61,7 @@ def test_rule_gives_tiles_that_the_kernel_takes(n_tokens, in_features, group_siz
 
 def test_tuning_keeps_the_fastest_and_other_entries(tmp_path, gpu):
     path = tmp_path / "cache" / "table.json"
-    fastest = candidates(SHAPE, 132)[5]
+    fastest = candidates(SHAPE, "sm_90", 132)[5]
     found = tune([SHAPE], path=path, measure=lambda shape, config: 1.0 if config == fastest else 2.0)
     assert list(found.values()) == [fastest]
     tune([Shape("int2", 0, 64, 256, 2)], path=path, measure=lambda shape, config: 1.0)
