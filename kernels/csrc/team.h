@@ -5,7 +5,7 @@
  * runtime's GOMP_parallel, which GNU's, LLVM's and Intel's all have. Every thread of the team is called each
  * time, since a runtime that is asked for fewer ends the others.
  *
- * A team ends only when its last thread has come. When that takes longer than the work itself, somebody else
+ * A team ends only when its last thread has come. When that takes far longer than to wake it, somebody else
  * uses the cores: the next jobs are done by their callers alone, twice as many each time it happens again.
  */
 #ifndef VLMQ_TEAM_H
@@ -13,7 +13,7 @@
 
 #include "pool.h"
 
-enum { LATE_NANOSECONDS = 100000, FIRST_ALONE = 32, MOST_ALONE = 4096 };
+enum { LATE_NANOSECONDS = 1000000, FIRST_ALONE = 32, MOST_ALONE = 4096 };
 
 static struct {
     _Atomic(vlmq_team) parallel;
