@@ -68,6 +68,21 @@ class Case:
         return 2 * self.n_tokens * self.in_features * self.out_features
 
 
+def check_gpu() -> None:
+    """Refuse to begin where there is nothing to measure.
+
+    Raises:
+        ValueError: torch finds no CUDA GPU, or triton is missing.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"this measures a CUDA GPU, and torch {torch.__version__} finds none here; run it where the GPU is "
+            "(--dry-run lists the measurements)"
+        )
+    if find_spec("triton") is None:
+        raise ValueError("this measures Triton kernels, and triton is not installed; pip install triton")
+
+
 def plan(has_gemlite: bool) -> list[Case]:
     """Return all measurements: the most wanted first, should the time not do."""
     cases = []
@@ -203,20 +218,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"))
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args(argv)
-    cases = plan(find_spec("gemlite") is not None)
     if arguments.dry_run:
-        for case in cases:
-            print(json.dumps(asdict(case) | {"bytes": case.bytes_read, "operations": case.operations}))
+        for line in dry_run():
+            print(json.dumps(line))
         return
-    if not torch.cuda.is_available():
-        parser.error("this measures a CUDA GPU, and there is none; --dry-run lists the measurements")
-    with torch.inference_mode():
-        result = run_all(cases, arguments.out)
+    try:
+        check_gpu()
+    except ValueError as error:
+        parser.error(str(error))
+    result = bench_gpu(arguments.out, report=lambda line: print(line, flush=True))
     if result["failed"]:
-        parser.exit(1, f"{len(result['failed'])} of {len(cases)} measurements failed, see {arguments.out}\n")
+        parser.exit(1, f"{len(result['failed'])} measurements failed, see {arguments.out}\n")
 
 
-def run_all(cases: list[Case], out: Path) -> dict[str, Any]:
+def dry_run() -> list[dict[str, Any]]:
+    """Return what would be measured, with its bytes and operations; needs no GPU."""
+    cases = plan(find_spec("gemlite") is not None)
+    return [asdict(case) | {"bytes": case.bytes_read, "operations": case.operations} for case in cases]
+
+
+def bench_gpu(out: Path | None, *, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure all that the time allows; see `run_all`."""
+    check_gpu()
+    with torch.inference_mode():
+        return run_all(plan(find_spec("gemlite") is not None), out, report=report)
+
+
+def run_all(
+    cases: list[Case], out: Path | None, *, report: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Measure what the time allows; a case that fails is kept with its message, and the others go on.
 
     The file is written after every case, so that a run that is cut leaves what it has measured.
@@ -242,13 +272,14 @@ def run_all(cases: list[Case], out: Path) -> dict[str, Any]:
             continue
         try:
             lines.append(measure(case, result["ceilings"]))
-            print(json.dumps(lines[-1]), flush=True)
+            report(json.dumps(lines[-1]))
         except (RuntimeError, ValueError, TypeError, AttributeError, TritonError) as error:
             result["failed"].append(asdict(case) | {"error": f"{type(error).__name__}: {error}"})
-            print(json.dumps(result["failed"][-1]), flush=True)
+            report(json.dumps(result["failed"][-1]))
         torch.cuda.empty_cache()
         result["measurements"] = with_ratios(lines)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

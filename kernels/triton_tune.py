@@ -58,13 +58,15 @@ def tune(
     *,
     path: Path | None = None,
     measure: Callable[[Shape, MatmulConfig], float] | None = None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, MatmulConfig]:
     """Time the candidates of each shape and add the fastest to the table at `path`.
 
     Args:
         shapes: what to tune.
-        path: file to write, by default the user's; entries that it has of other shapes are kept.
+        path: file to write after each shape, by default the user's; entries that it has of other shapes are kept.
         measure: seconds that a configuration takes, infinite if it cannot run; by default timed on the current GPU.
+        report: told a line after each shape.
 
     Returns:
         The entries found.
@@ -73,7 +75,9 @@ def tune(
         RuntimeError: there is no GPU, or a CUDA graph is being captured.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("tuning times kernels on a GPU, and there is none")
+        raise RuntimeError(
+            f"tuning times kernels on a CUDA GPU, and torch {torch.__version__} finds none; run it where the GPU is"
+        )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("kernels cannot be tuned while a CUDA graph is captured; tune before")
     path = path or user_table()
@@ -94,11 +98,18 @@ def tune(
             shape.group_size,
         )
         found[key] = min(tried, key=seconds.__getitem__)
-    table = (read_table(path) if path.exists() else {}) | found
+        _write(path, (read_table(path) if path.exists() else {}) | found)
+        gain = seconds[tried[0]] / seconds[found[key]]
+        report(f"{key}: {1e6 * seconds[found[key]]:.1f} us, {gain:.2f} times as fast as the rule's tiles")
+    return found
+
+
+def _write(path: Path, table: dict[str, MatmulConfig]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = {key: list(astuple(config)) for key, config in sorted(table.items())}
-    path.write_text(json.dumps(lines, indent=1) + "\n")
-    return found
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(lines, indent=1) + "\n")
+    part.replace(path)
 
 
 def measure_seconds(shape: Shape, config: MatmulConfig) -> float:

@@ -1,13 +1,20 @@
 """`vlmq bench`: presets and their packed variants, the files it writes, what it refuses."""
 
+import contextlib
 import json
 import sys
 
 import pytest
+import torch
 
 from vlmq import cli, cli_bench
 from vlmq.cli_bench import expand
 from vlmq.eval.report import Column, Table
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -48,14 +55,45 @@ def test_bench_of_the_kernels_draws_the_roofline(monkeypatch, capsys, tmp_path):
     ]
 
 
+def test_dry_run_lists_what_a_gpu_would_measure(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "k"
+    code, text, _ = run(monkeypatch, capsys, "--kernels", "--device", "cuda", "--dry-run", "--out", str(out))
+    assert code == 0
+    assert {"vlmq", "torch-bf16"} <= {line["kernel"] for line in json.loads(text)["measurements"]}
+    assert not out.exists()
+
+
+def test_bench_of_a_gpu_writes_table_and_roofline(monkeypatch, capsys, tmp_path):
+    size = {"group_size": 0, "in_features": 4096, "out_features": 4096, "n_tokens": 1, "spread": [1e-5, 3e-5]}
+    line = {"kernel": "vlmq", "format_name": "ternary", "seconds": 2e-5, "share": 0.5, "over_bf16": 4.0, **size}
+    ceilings = {"copy_bytes_per_second": 4e12, "matmul_operations_per_second": 8e14}
+    record = {"gpu": "none", "torch": "2", "ceilings": ceilings, "measurements": [line], "failed": [{}]}
+    record["skipped_for_time"] = []
+    monkeypatch.setattr(cli_bench, "check_gpu", lambda: None)
+    monkeypatch.setattr(cli_bench, "bench_gpu", lambda out, report: record)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    code, text, err = run(
+        monkeypatch, capsys, "--kernels", "--device", "cuda", "--out", str(tmp_path), "--json"
+    )
+    assert code == 0
+    assert json.loads(text) == record
+    assert "1 measurements: failed" in err
+    assert "| vlmq | ternary-channel | 4096 to 4096 | 1 | 20.0 |" in (tmp_path / "kernels.md").read_text()
+    assert (tmp_path / "roofline.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["preset:nope"], "unknown; known:"),
         (["./nope", "--scheme", "int4"], "pack a checkpoint with vlmq quantize"),
-        ([], "takes models to measure, or --kernels"),
-        (["preset:llama-tiny", "--kernels"], "and not both"),
-        (["--kernels", "--device", "cuda"], "for a GPU"),
+        ([], "takes models to measure, or --kernels, or --tune"),
+        (["preset:llama-tiny", "--kernels"], "one of them"),
+        (["--kernels", "--device", "cuda"], "measures a CUDA GPU, and torch"),
+        (["--kernels", "--device", "mps"], "of the CPU or of a CUDA GPU, got --device mps"),
+        (["--tune"], "finds none here; run it where the GPU is"),
+        (["--tune", "--kernels"], "one of them"),
+        (["--kernels", "--dry-run"], "--kernels --device cuda"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):

@@ -8,12 +8,14 @@ import typer
 
 from vlmq import terminal
 from vlmq.eval.bench_cpu import MAX_LOAD, bench_cpu, roofline_points
+from vlmq.eval.bench_gpu import FORMATS, LAYERS, bench_gpu, check_gpu
+from vlmq.eval.bench_gpu import dry_run as list_measurements
+from vlmq.eval.bench_gpu_table import gpu_roofline_points, results_table
 from vlmq.eval.bench_models import PRESET, Job, bench_models
 from vlmq.eval.presets import PRESETS
 from vlmq.eval.report import Table, as_json, as_markdown, as_rich
 from vlmq.eval.roofline import draw_roofline
 
-GPU_SCRIPT = "python -m vlmq.eval.bench_gpu"
 PRESET_NAMES = ", ".join(PRESETS)
 
 
@@ -27,6 +29,12 @@ def bench_command(
     ] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Time the kernels on layers of random codes instead of models.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time tiles of the GPU kernels and keep the fastest for this user.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what --kernels --device cuda measures; needs no GPU.")
     ] = False,
     scheme: Annotated[
         list[str] | None,
@@ -51,10 +59,22 @@ def bench_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure how fast MODELS generate, their memory, and with --text or --vqa their quality."""
-    if kernels == bool(models):
-        raise ValueError("vlmq bench takes models to measure, or --kernels, and not both")
+    if kernels + tune + bool(models) != 1:
+        raise ValueError("vlmq bench takes models to measure, or --kernels, or --tune: one of them")
+    on_gpu = device is not None and device.startswith("cuda")
+    if dry_run and not (kernels and on_gpu):
+        raise ValueError("--dry-run lists what --kernels --device cuda measures; give these two with it")
+    if tune:
+        _tune(device)
+        return
     if kernels:
-        table, record = _bench_kernels(device, threads, out)
+        if dry_run:
+            typer.echo(as_json({"measurements": list_measurements()}))
+            return
+        if device is not None and on_gpu:
+            table, record = _bench_gpu(device, out)
+        else:
+            table, record = _bench_kernels(device, threads, out)
         _show_bench(table, record, "kernels", out, json)
         return
     jobs = [
@@ -80,7 +100,7 @@ def bench_command(
 def _bench_kernels(device: str | None, threads: int | None, out: Path | None) -> tuple[Table, dict[str, Any]]:
     """Time the kernels of the CPU; with a folder, draw them under the roofline of the machine."""
     if device not in (None, "cpu"):
-        raise ValueError(f"--kernels times those of the CPU, got --device {device}; for a GPU: {GPU_SCRIPT}")
+        raise ValueError(f"--kernels times those of the CPU or of a CUDA GPU, got --device {device}")
     terminal.show_step("timing the CPU kernels, about half a minute")
     table, record = bench_cpu(threads or torch.get_num_threads())
     if record["machine"]["load"] > MAX_LOAD:
@@ -101,6 +121,48 @@ def _bench_kernels(device: str | None, threads: int | None, out: Path | None) ->
             subtitle=subtitle,
         )
     return table, record
+
+
+def _bench_gpu(device: str, out: Path | None) -> tuple[Table, dict[str, Any]]:
+    """Time the kernels of a GPU, at most eight minutes; with a folder, write as it goes, and draw the roofline."""
+    check_gpu()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    terminal.show_step("timing the GPU kernels, at most eight minutes")
+    with torch.cuda.device(device):
+        record = bench_gpu(None if out is None else out / "kernels.json", report=terminal.show_step)
+    for missing in ("failed", "skipped_for_time"):
+        if record[missing]:
+            terminal.show_warning(f"{len(record[missing])} measurements: {missing}, see the JSON")
+    points, ceilings = gpu_roofline_points(record), record["ceilings"]
+    if out is not None and points:
+        draw_roofline(
+            out / "roofline.png",
+            f"Packed layers on {record['gpu']}",
+            points,
+            bandwidth=ceilings["copy_bytes_per_second"],
+            peak=ceilings["matmul_operations_per_second"],
+            subtitle=f"largest layer, weights from memory, torch {record['torch']}",
+        )
+    return results_table(record), record
+
+
+def _tune(device: str | None) -> None:
+    """Tune the layers of the kernel benchmark for one and for sixteen tokens."""
+    check_gpu()
+    from vlmq.kernels.triton_config import user_table
+    from vlmq.kernels.triton_tune import Shape, tune
+
+    shapes = [
+        Shape(name, group_size, out_features, in_features, n_tokens)
+        for in_features, out_features in LAYERS
+        for name, group_size in FORMATS
+        for n_tokens in (1, 16)
+    ]
+    terminal.show_step(f"tuning {len(shapes)} shapes")
+    with torch.cuda.device(device or "cuda"), torch.inference_mode():
+        tune(shapes, report=terminal.show_step)
+    terminal.show_step(f"wrote {user_table()}; it counts from the next process on")
 
 
 def _show_bench(table: Table, content: dict[str, Any], name: str, out: Path | None, json: bool) -> None:

@@ -62,7 +62,10 @@ def test_rule_gives_tiles_that_the_kernel_takes(n_tokens, in_features, group_siz
 def test_tuning_keeps_the_fastest_and_other_entries(tmp_path, gpu):
     path = tmp_path / "cache" / "table.json"
     fastest = candidates(SHAPE, "sm_90", 132)[5]
-    found = tune([SHAPE], path=path, measure=lambda shape, config: 1.0 if config == fastest else 2.0)
+    lines = []
+    measure = {fastest: 1.0}
+    found = tune([SHAPE], path=path, measure=lambda _, tiles: measure.get(tiles, 2.0), report=lines.append)
+    assert "2.00 times as fast as the rule's tiles" in lines[0]
     assert list(found.values()) == [fastest]
     tune([Shape("int2", 0, 64, 256, 2)], path=path, measure=lambda shape, config: 1.0)
     table = read_table(path)
@@ -75,5 +78,18 @@ def test_tuning_is_refused_under_capture_and_without_a_gpu(tmp_path, gpu, monkey
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         tune([SHAPE], path=tmp_path / "table.json")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="there is none"):
+    with pytest.raises(RuntimeError, match="finds none; run it"):
         tune([SHAPE], path=tmp_path / "table.json")
+
+
+def test_a_cut_run_leaves_the_shapes_that_were_tuned(tmp_path, gpu):
+    def measure(shape, config):
+        if shape != SHAPE:
+            raise KeyboardInterrupt
+        return 1.0
+
+    path = tmp_path / "table.json"
+    with pytest.raises(KeyboardInterrupt):
+        tune([SHAPE, Shape("int2", 0, 64, 256, 2)], path=path, measure=measure)
+    assert len(read_table(path)) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
