@@ -65,7 +65,14 @@ def test_dry_run_lists_what_a_gpu_would_measure(monkeypatch, capsys, tmp_path):
 
 def test_bench_of_a_gpu_writes_table_and_roofline(monkeypatch, capsys, tmp_path):
     size = {"group_size": 0, "in_features": 4096, "out_features": 4096, "n_tokens": 1, "spread": [1e-5, 3e-5]}
-    line = {"kernel": "vlmq", "format_name": "ternary", "seconds": 2e-5, "share": 0.5, "over_bf16": 4.0, **size}
+    line = {
+        "kernel": "vlmq",
+        "format_name": "ternary",
+        "seconds": 2e-5,
+        "share": 0.5,
+        "over_bf16": 4.0,
+        **size,
+    }
     ceilings = {"copy_bytes_per_second": 4e12, "matmul_operations_per_second": 8e14}
     record = {"gpu": "none", "torch": "2", "ceilings": ceilings, "measurements": [line], "failed": [{}]}
     record["skipped_for_time"] = []
