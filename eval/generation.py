@@ -49,11 +49,13 @@ class _Clock(BaseStreamer):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.tokens: list[int] = []
         self._has_prompt = False
 
     def put(self, value: Tensor) -> None:
         if self._has_prompt:
             self.times.append(time.perf_counter())
+            self.tokens += value.tolist()
         self._has_prompt = True
 
     def end(self) -> None:
@@ -79,10 +81,10 @@ def measure_speed(
         raise ValueError(
             f"expected one prompt, n_new >= 2 and n_runs >= 1, got {ids.shape[0]} prompts, {n_new} and {n_runs}"
         )
-    runs = [_one_run(model, inputs, n_new) for _ in range(n_runs + 1)][1:]
-    speeds = [(n_new - 1) / decode for _, decode in runs]
+    runs = [generate_once(model, inputs, n_new) for _ in range(n_runs + 1)][1:]
+    speeds = [(n_new - 1) / decode for _, decode, _ in runs]
     return Speed(
-        first_token=statistics.median(first for first, _ in runs),
+        first_token=statistics.median(first for first, _, _ in runs),
         tokens_per_second=statistics.median(speeds),
         slowest=min(speeds),
         fastest=max(speeds),
@@ -91,8 +93,10 @@ def measure_speed(
     )
 
 
-def _one_run(model: PreTrainedModel, inputs: dict[str, Any], n_new: int) -> tuple[float, float]:
-    """Seconds to the first token, and from the first to the last."""
+def generate_once(
+    model: PreTrainedModel, inputs: dict[str, Any], n_new: int
+) -> tuple[float, float, list[int]]:
+    """Seconds to the first token, from the first to the last, and the new tokens."""
     clock = _Clock()
     started = time.perf_counter()
     with torch.inference_mode():
@@ -106,7 +110,7 @@ def _one_run(model: PreTrainedModel, inputs: dict[str, Any], n_new: int) -> tupl
         )
     if len(clock.times) != n_new:
         raise RuntimeError(f"generate handed out {len(clock.times)} tokens, expected {n_new}")
-    return clock.times[0] - started, clock.times[-1] - clock.times[0]
+    return clock.times[0] - started, clock.times[-1] - clock.times[0], clock.tokens
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -89,6 +89,31 @@ def test_bench_of_a_gpu_writes_table_and_roofline(monkeypatch, capsys, tmp_path)
     assert (tmp_path / "roofline.png").stat().st_size > 1000
 
 
+def test_bench_against_llama_cpp_passes_what_was_asked(monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def compare(*arguments, report, **counts):
+        asked.append((*arguments, counts))
+        return [Table("t", (Column("engine", "Engine"),), (("vlmq",),))], {"machine": {"load": 0.0}}
+
+    monkeypatch.setattr(cli_bench.bench_llama_cpp, "bench_llama_cpp", compare)
+    options = ["--scheme", "int4-g64", "--against", "llama.cpp", "--threads", "1", "--runs", "2"]
+    code, text, _ = run(monkeypatch, capsys, "preset:llama-2048", *options, "--json", "--out", str(tmp_path))
+    assert code == 0
+    assert json.loads(text) == {"machine": {"load": 0.0}}
+    assert asked == [("llama-2048", ["int4-g64"], [1], {"n_prompt": 64, "n_new": 64, "n_runs": 2})]
+    assert "vlmq" in (tmp_path / "against.md").read_text()
+
+
+def test_bench_against_llama_cpp_without_its_package_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(cli_bench.bench_llama_cpp, "find_spec", lambda name: None)
+    code, out, err = run(
+        monkeypatch, capsys, "preset:llama-2048", "--scheme", "int4", "--against", "llama.cpp"
+    )
+    assert (code, out) == (2, "")
+    assert "pip install xllamacpp gguf" in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -101,6 +126,11 @@ def test_bench_of_a_gpu_writes_table_and_roofline(monkeypatch, capsys, tmp_path)
         (["--tune"], "finds none here; run it where the GPU is"),
         (["--tune", "--kernels"], "one of them"),
         (["--kernels", "--dry-run"], "--kernels --device cuda"),
+        (["preset:llama-2048", "--against", "nope"], "known: llama.cpp"),
+        (["./folder", "--against", "llama.cpp"], "takes one preset"),
+        (["preset:llama-2048@int4", "--against", "llama.cpp"], "takes one preset"),
+        (["preset:llama-2048", "--against", "llama.cpp", "--vqa", "shapes"], "without --vqa"),
+        (["--kernels", "--against", "llama.cpp"], "takes one preset"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):

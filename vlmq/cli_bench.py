@@ -7,6 +7,7 @@ import torch
 import typer
 
 from vlmq import terminal
+from vlmq.eval import bench_llama_cpp
 from vlmq.eval.bench_cpu import MAX_LOAD, bench_cpu, roofline_points
 from vlmq.eval.bench_gpu import FORMATS, LAYERS, bench_gpu, check_gpu
 from vlmq.eval.bench_gpu import dry_run as list_measurements
@@ -40,6 +41,7 @@ def bench_command(
         list[str] | None,
         typer.Option(help="Also measure each preset packed so, with random codes. Repeatable."),
     ] = None,
+    against: Annotated[str | None, typer.Option(help="llama.cpp: beside it, on the same weights.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text file, for perplexity.")] = None,
     vqa: Annotated[
         str | None,
@@ -67,7 +69,7 @@ def bench_command(
     if tune:
         _tune(device)
         return
-    if kernels:
+    if kernels and against is None:
         if dry_run:
             typer.echo(as_json({"measurements": list_measurements()}))
             return
@@ -77,14 +79,17 @@ def bench_command(
             table, record = _bench_kernels(device, threads, out)
         _show_bench(table, record, "kernels", out, json)
         return
+    counts = {"n_prompt": n_prompt, "n_new": n_new, "n_runs": runs}
+    if against is not None:
+        preset = _preset_against(against, models or [], {"--device": device, "--text": text, "--vqa": vqa})
+        _show_bench(*_bench_against(preset, scheme or [], threads, counts), "against", out, json)
+        return
     jobs = [
         Job(
             model,
             device=device,
             threads=threads,
-            n_prompt=n_prompt,
-            n_new=n_new,
-            n_runs=runs,
+            **counts,
             text=None if text is None else str(text),
             n_windows=n_windows,
             vqa=vqa,
@@ -103,10 +108,7 @@ def _bench_kernels(device: str | None, threads: int | None, out: Path | None) ->
         raise ValueError(f"--kernels times those of the CPU or of a CUDA GPU, got --device {device}")
     terminal.show_step("timing the CPU kernels, about half a minute")
     table, record = bench_cpu(threads or torch.get_num_threads())
-    if record["machine"]["load"] > MAX_LOAD:
-        terminal.show_warning(
-            f"load average {record['machine']['load']:.1f}: other jobs run here, the figures say little"
-        )
+    _warn_of_load(record["machine"]["load"])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         points, bandwidth = roofline_points(record)
@@ -163,6 +165,37 @@ def _tune(device: str | None) -> None:
     with torch.cuda.device(device or "cuda"), torch.inference_mode():
         tune(shapes, report=terminal.show_step)
     terminal.show_step(f"wrote {user_table()}; it counts from the next process on")
+
+
+def _preset_against(against: str, models: list[str], refused: dict[str, Any]) -> str:
+    """Name of the preset to compare.
+
+    Raises:
+        ValueError: an engine that is not known, anything but one preset, or an option that has no meaning here.
+    """
+    if against != bench_llama_cpp.NAME:
+        raise ValueError(f"--against {against!r} is unknown; known: {bench_llama_cpp.NAME}")
+    given = [name for name, value in refused.items() if value is not None]
+    if given:
+        raise ValueError(f"--against compares speed on the CPU, without {' and '.join(given)}")
+    if len(models) != 1 or not models[0].startswith(PRESET) or "@" in models[0]:
+        raise ValueError(f"--against takes one preset and its --scheme, such as {PRESET}llama-2048")
+    return models[0].removeprefix(PRESET)
+
+
+def _bench_against(
+    preset: str, schemes: list[str], threads: int | None, counts: dict[str, int]
+) -> tuple[Table, dict[str, Any]]:
+    tables, record = bench_llama_cpp.bench_llama_cpp(
+        preset, schemes, [threads or torch.get_num_threads()], report=terminal.show_step, **counts
+    )
+    _warn_of_load(record["machine"]["load"])
+    return tables[0], record
+
+
+def _warn_of_load(load: float) -> None:
+    if load > MAX_LOAD:
+        terminal.show_warning(f"load average {load:.1f}: other jobs run here, the figures say little")
 
 
 def _show_bench(table: Table, content: dict[str, Any], name: str, out: Path | None, json: bool) -> None:

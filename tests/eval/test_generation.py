@@ -19,7 +19,7 @@ def prompt(n_tokens=5, rows=1):
 
 def test_every_run_makes_all_its_tokens_and_the_first_is_not_counted(model, monkeypatch):
     seconds = iter([(9.0, 9.0), (1.0, 0.5), (3.0, 0.25), (2.0, 1.0)])
-    monkeypatch.setattr(generation, "_one_run", lambda *_: next(seconds))
+    monkeypatch.setattr(generation, "generate_once", lambda *_: (*next(seconds), []))
     speed = measure_speed(model, prompt(), n_new=5, n_runs=3)
     assert speed.first_token == 2.0
     assert (speed.tokens_per_second, speed.slowest, speed.fastest) == (8.0, 4.0, 16.0)
