@@ -11,11 +11,12 @@ users whose first choice misbehaves. With VLMQ_CPU_ISA (`vlmq.kernels.library`) 
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from vlmq.kernels import cpu, reference, triton_backend
@@ -36,6 +37,14 @@ class BoundLayer(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
+        ...
+
+    def together(self, others: Sequence[object], x: Tensor) -> list[Tensor] | None:
+        """Apply this layer and others to one x at once; None if they do not fit together."""
+        ...
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the listed rows of W."""
         ...
 
 

@@ -15,6 +15,7 @@ one of the two ways. Inputs in float64 and a bias in it are left to the referenc
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -27,6 +28,7 @@ from vlmq.kernels.library import FormatRecord, LayerRecord, choose_isa, isa_name
 from vlmq.kernels.packing import row_bytes
 
 MAX_TOKENS = 16
+MAX_LAYERS = 8
 CHUNK_WEIGHTS = 2**20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -146,6 +148,7 @@ class BoundLayer:
         bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
         self.record = LayerRecord(plan.address, *addresses, self.out_features, bias_dtype)
         self.address = ctypes.addressof(self.record)
+        self.addresses = (ctypes.c_void_p * 1)(self.address)
 
     def let_go(self) -> None:
         """Hold the tensors no longer: the caller has them, and asks `takes` before each call."""
@@ -178,10 +181,42 @@ class BoundLayer:
             return self._apply_unpacked(x)
         x = x.contiguous()
         out = x.new_empty((*shape[:-1], self.out_features))
-        n_threads = torch.get_num_threads()
-        if plan.library.vlmq_linear(self.address, x.data_ptr(), out.data_ptr(), n_tokens, dtype, n_threads):
+        outs, n_threads = (ctypes.c_void_p * 1)(out.data_ptr()), torch.get_num_threads()
+        if plan.library.vlmq_linear(self.addresses, outs, 1, x.data_ptr(), n_tokens, dtype, n_threads):
             raise MemoryError(f"no memory for {n_tokens} tokens of {plan.in_features} inputs")
         return out
+
+    def together(self, others: Sequence[object], x: Tensor) -> list[Tensor] | None:
+        """Apply this layer and others to an x that each of them takes, in one call; None if they do not fit.
+
+        They fit if they have one plan, and x no more tokens than are multiplied as they are.
+
+        Raises:
+            ValueError: as a call of the layer alone.
+        """
+        plan = self.plan
+        layers = [self, *(other for other in others if isinstance(other, BoundLayer) and other.plan is plan)]
+        n_tokens = x.numel() // plan.in_features
+        if len(layers) <= len(others) or len(layers) > MAX_LAYERS or n_tokens > MAX_TOKENS:
+            return None
+        if x.shape[-1] != plan.in_features:
+            return [self(x)]  # which refuses it
+        x = x.contiguous()
+        outs = [x.new_empty((*x.shape[:-1], layer.out_features)) for layer in layers]
+        array = ctypes.c_void_p * len(layers)
+        sources, results = array(*(ly.address for ly in layers)), array(*(out.data_ptr() for out in outs))
+        args = (
+            sources,
+            results,
+            len(layers),
+            x.data_ptr(),
+            n_tokens,
+            DTYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+        if plan.library.vlmq_linear(*args):
+            raise MemoryError(f"no memory for {n_tokens} tokens of {plan.in_features} inputs")
+        return outs
 
     def _apply_unpacked(self, x: Tensor) -> Tensor:
         """Multiply x with W, unpacked chunk by chunk."""
@@ -198,10 +233,29 @@ class BoundLayer:
 
     def unpack(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of W, (n_rows, in_features) in `dtype`, float32 or bfloat16; bounds are not checked."""
-        n_rows = rows.stop - rows.start
+        return self._unpack(None, rows.start, rows.stop - rows.start, dtype)
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the listed rows of W, (n_ids, in_features) in `dtype`; float16 is rounded from float32.
+
+        Args:
+            ids: (n_ids,) int64 on the CPU.
+            dtype: float32, bfloat16 or float16.
+
+        Raises:
+            IndexError: a row that does not exist.
+        """
+        ids = ids.contiguous()
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        return self._unpack(ids.data_ptr(), 0, ids.numel(), wide).to(dtype)
+
+    def _unpack(self, ids: int | None, first: int, n_rows: int, dtype: torch.dtype) -> Tensor:
         weight = torch.empty(n_rows, self.plan.in_features, dtype=dtype)
-        args = (self.address, rows.start, n_rows, weight.data_ptr(), DTYPES[dtype], torch.get_num_threads())
-        if self.plan.library.vlmq_unpack(*args):
+        args = (self.address, ids, first, n_rows, weight.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+        status = self.plan.library.vlmq_unpack(*args)
+        if status == -2:
+            raise IndexError(f"ids must be 0 .. {self.out_features - 1}")
+        if status:
             raise MemoryError(f"no memory to unpack {n_rows} rows of {self.plan.in_features} inputs")
         return weight
 

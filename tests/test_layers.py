@@ -13,6 +13,7 @@ LAYERS = (
     "formats",
     "scheme",
     "kernels , families , linalg",
+    "siblings",
     "linear | calib | solvers",
     "quantization , block_solving , run , planning , checkpoint , staging , integrity , hf , attach"
     " , embedding , opening , progress",

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmq.hf import QUANT_METHOD, VlmqConfig, VlmqQuantizer
 from vlmq.integrity import check_listed, listing
-from vlmq.linear import QuantLinear
+from vlmq.linear import QuantLinear, link_siblings
 from vlmq.scheme import parse_scheme
 
 
@@ -76,6 +76,7 @@ def attach(
     known.hf_quantizer = VlmqQuantizer(config, pre_quantized=True)
     known.is_quantized = True
     known.quantization_method = QUANT_METHOD
+    link_siblings(model)
 
 
 def _check_first_parameter(model: PreTrainedModel) -> None:

@@ -80,15 +80,19 @@ class QuantEmbedding(nn.Module):
                 "the output head that holds the token embedding is offloaded; keep it on a device"
             )
         flat = ids.flatten().to(rows.qweight.device)
-        vectors = reference.dequantize(
-            rows.qweight.index_select(0, flat),
-            rows.scales.index_select(0, flat),
-            None if rows.zeros is None else rows.zeros.index_select(0, flat),
-            rows.format.name,
-            rows.in_features,
-            rows.group_size or 0,
-            self.anchor.dtype,
-        )
+        bound = rows.bound_to(self.anchor.new_empty(1, rows.in_features))
+        if bound is not None:
+            vectors = bound.look_up(flat, self.anchor.dtype)
+        else:
+            vectors = reference.dequantize(
+                rows.qweight.index_select(0, flat),
+                rows.scales.index_select(0, flat),
+                None if rows.zeros is None else rows.zeros.index_select(0, flat),
+                rows.format.name,
+                rows.in_features,
+                rows.group_size or 0,
+                self.anchor.dtype,
+            )
         return vectors.view(*ids.shape, rows.in_features).to(ids.device)
 
     def extra_repr(self) -> str:

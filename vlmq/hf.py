@@ -36,7 +36,7 @@ from vlmq.integrity import (
     packed_tensors,
     read_headers,
 )
-from vlmq.linear import QuantLinear
+from vlmq.linear import QuantLinear, link_siblings
 from vlmq.scheme import Scheme, parse_scheme
 
 QUANT_METHOD = "vlmq"
@@ -175,6 +175,7 @@ class VlmqQuantizer(HfQuantizer):
             for leaf, tensor in packed_tensors(model, name):
                 check_layer_tensor(f"{name}.{leaf}", leaf, tensor, layer)
         check_sums(model, config.modules, config.checksums, self._dtype)
+        link_siblings(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Bring the checksums in the config up to date, and fix the order of the tensors.

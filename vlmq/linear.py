@@ -26,6 +26,7 @@ from vlmq.kernels.ops import bind, quant_linear, runs_plainly
 from vlmq.kernels.packing import pack, row_bytes, unpack
 from vlmq.report import LayerReport
 from vlmq.scheme import Scheme
+from vlmq.siblings import SharedInput
 
 
 class QuantLinear(nn.Module):
@@ -71,6 +72,7 @@ class QuantLinear(nn.Module):
         self.group_size = group_size
         self.dtype = dtype
         self.report: LayerReport | None = None
+        self.siblings: SharedInput | None = None
         self._bound: BoundLayer | None = None
         groups = (out_features, n_groups(in_features, group_size))
         width = row_bytes(in_features, format.bits)
@@ -113,16 +115,27 @@ class QuantLinear(nn.Module):
         The operator costs more than a small product does. Where no gradient and no graph needs it, the layer
         calls its backend, whose choice and checks of the tensors it keeps for as long as the tensors stay.
         """
+        bound = self.bound_to(x)
+        if bound is None:
+            own = self._parameters
+            parts = own["qweight"], own["scales"], own["zeros"], own["bias"]
+            return quant_linear(x, *parts, self.format.name, self.in_features, self.group_size or 0)
+        return bound(x) if self.siblings is None else self.siblings.apply(self, bound, x)
+
+    def bound_to(self, x: Tensor) -> BoundLayer | None:
+        """Return the layer as its backend's function of x; None where only the operator will do.
+
+        That is where gradients or a graph are wanted, or the backend has no such form.
+        """
         own = self._parameters
         parts = own["qweight"], own["scales"], own["zeros"], own["bias"]
-        sizes = self.format.name, self.in_features, self.group_size or 0
-        if runs_plainly(x, parts):
-            bound = self._bound
-            if bound is None or not bound.takes(x, parts):
-                bound = self._bound = bind(x, parts, *sizes)
-            if bound is not None:
-                return bound(x)
-        return quant_linear(x, *parts, *sizes)
+        if not runs_plainly(x, parts):
+            return None
+        bound = self._bound
+        if bound is None or not bound.takes(x, parts):
+            bound = bind(x, parts, self.format.name, self.in_features, self.group_size or 0)
+            self._bound = bound
+        return bound
 
     def kernel(self) -> str:
         """Name of the kernel that the layer takes where it is now, for one token in the model's dtype."""
@@ -176,7 +189,7 @@ class QuantLinear(nn.Module):
         return self.__dict__ | {"_bound": None}  # addresses mean nothing in a copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._bound = None
+        self._forget()
         scales = self.scales
 
         def keep_scales(tensor: Tensor) -> Tensor:
@@ -189,7 +202,13 @@ class QuantLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
         return self
 
+    def _forget(self) -> None:
+        self._bound = None
+        if self.siblings is not None:
+            self.siblings.forget()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._forget()
         # torch would cast a wrong dtype in silence; a missing or unknown tensor, it reports itself.
         for name, own in self.named_parameters(recurse=False):
             tensor = state_dict.get(prefix + name)
@@ -210,6 +229,19 @@ def true_bits(module: QuantLinear) -> int:
     """Number of bits that the weight takes: packed codes with their padding, scales and zero points."""
     parts = (module.qweight, module.scales, module.zeros)
     return sum(8 * part.numel() * part.element_size() for part in parts if part is not None)
+
+
+def link_siblings(model: nn.Module) -> None:
+    """Let the packed layers of each module that have equally many inputs share them."""
+    for module in model.modules():
+        by_width: dict[int, list[QuantLinear]] = {}
+        for child in module.children():
+            if isinstance(child, QuantLinear):
+                by_width.setdefault(child.in_features, []).append(child)
+        for layers in by_width.values():
+            shared = SharedInput() if len(layers) > 1 else None
+            for layer in layers:
+                layer.siblings = shared
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:

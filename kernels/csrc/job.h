@@ -15,6 +15,7 @@ typedef struct {
     const void *x;
     void *out;          /* y of vlmq_linear, W of vlmq_unpack */
     int64_t n_tokens, first_row, n_rows, chunk_rows;
+    const int64_t *rows; /* of vlmq_unpack, where they are listed */
     int dtype;
     uint8_t *images;    /* (n_tokens, token_bytes) */
     uint8_t *scratch;   /* (n_threads, scratch_bytes) */

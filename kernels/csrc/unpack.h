@@ -60,7 +60,7 @@ VLMQ_TARGET static void FN(unpack_rows)(void *job_, int64_t chunk, int worker) {
     int64_t n_codes = plan->in_features, size = plan->group_size ? plan->group_size : n_codes;
     int64_t end = min_int64(job->n_rows, (chunk + 1) * job->chunk_rows);
     for (int64_t i = chunk * job->chunk_rows; i < end; i++) {
-        int64_t row = job->first_row + i;
+        int64_t row = job->rows ? job->rows[i] : job->first_row + i;
         int is_float = job->dtype == VLMQ_FLOAT32;
         float *values = is_float ? (float *)job->out + i * n_codes : scratch.values;
         FN(unpack_codes)(plan, layer->qweight + row * plan->row_bytes, codes);

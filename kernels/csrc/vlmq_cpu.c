@@ -119,35 +119,67 @@ void vlmq_use_team(vlmq_team parallel) {
     atomic_store(&team.parallel, parallel);
 }
 
-static int run_job(vlmq_job *job, vlmq_chunk_function run, int n_threads, int64_t n_tokens) {
-    const vlmq_plan *plan = job->plan;
-    int is_small = job->n_rows * plan->in_features * n_tokens < MIN_SHARED_CODES;
+/* The jobs of a call: one for each layer, all with the same inputs, and where the chunks of each begin. */
+typedef struct {
+    vlmq_job jobs[VLMQ_MAX_LAYERS];
+    int64_t first_chunk[VLMQ_MAX_LAYERS];
+    vlmq_chunk_function run;
+    int n_jobs;
+} vlmq_jobs;
+
+static void run_chunk(void *jobs_, int64_t chunk, int worker) {
+    vlmq_jobs *jobs = jobs_;
+    int i = jobs->n_jobs - 1;
+    while (chunk < jobs->first_chunk[i]) i--;
+    jobs->run(&jobs->jobs[i], chunk - jobs->first_chunk[i], worker);
+}
+
+static int run_jobs(vlmq_jobs *jobs, int n_threads, int64_t n_tokens) {
+    vlmq_job *first = &jobs->jobs[0];
+    const vlmq_plan *plan = first->plan;
+    int64_t n_rows = 0, n_chunks = 0;
+    for (int i = 0; i < jobs->n_jobs; i++) n_rows += jobs->jobs[i].n_rows;
+    int is_small = n_rows * plan->in_features * n_tokens < MIN_SHARED_CODES;
     n_threads = is_small || n_threads < 1 ? 1 : n_threads < VLMQ_MAX_THREADS ? n_threads : VLMQ_MAX_THREADS;
-    int64_t least = MIN_CHUNK_CODES / plan->in_features, even = job->n_rows / (n_threads * CHUNKS_PER_THREAD);
-    job->chunk_rows = round_up((least > even ? least : even) + 1, ROWS);
-    job->scratch_bytes = scratch_bytes(plan);
-    int64_t image_bytes = job->n_tokens * plan->token_bytes;
-    void *memory = NULL;
-    if (posix_memalign(&memory, 64, (size_t)(image_bytes + n_threads * job->scratch_bytes))) return -1;
-    job->images = memory;
-    job->scratch = job->images + image_bytes;
-    if (job->n_tokens)
-        share_chunks(isas[plan->isa].kernels->quantize_token, job, job->n_tokens,
-                     job->n_tokens * plan->in_features < MIN_CHUNK_CODES ? 1 : n_threads);
-    share_chunks(run, job, (job->n_rows + job->chunk_rows - 1) / job->chunk_rows, n_threads);
+    int64_t least = MIN_CHUNK_CODES / plan->in_features, even = n_rows / (n_threads * CHUNKS_PER_THREAD);
+    int64_t chunk_rows = round_up((least > even ? least : even) + 1, ROWS);
+    int64_t one_scratch = scratch_bytes(plan), image_bytes = first->n_tokens * plan->token_bytes;
+    uint8_t *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, (size_t)(image_bytes + n_threads * one_scratch))) return -1;
+    for (int i = 0; i < jobs->n_jobs; i++) {
+        vlmq_job *job = &jobs->jobs[i];
+        job->images = memory;
+        job->scratch = memory + image_bytes;
+        job->scratch_bytes = one_scratch;
+        job->chunk_rows = chunk_rows;
+        jobs->first_chunk[i] = n_chunks;
+        n_chunks += (job->n_rows + chunk_rows - 1) / chunk_rows;
+    }
+    if (first->n_tokens)
+        share_chunks(isas[plan->isa].kernels->quantize_token, first, first->n_tokens,
+                     first->n_tokens * plan->in_features < MIN_CHUNK_CODES ? 1 : n_threads);
+    share_chunks(run_chunk, jobs, n_chunks, n_threads);
     free(memory);
     return 0;
 }
 
-int vlmq_linear(const vlmq_layer *layer, const void *x, void *y, int64_t n_tokens, int dtype, int n_threads) {
-    if (!n_tokens) return 0;
-    vlmq_job job = {.layer = layer, .plan = layer->plan, .x = x, .out = y, .n_tokens = n_tokens, .dtype = dtype,
-                    .n_rows = layer->out_features};
-    return run_job(&job, isas[job.plan->isa].kernels->multiply_rows, n_threads, n_tokens);
+int vlmq_linear(const vlmq_layer *const *layers, void *const *ys, int n_layers, const void *x, int64_t n_tokens,
+                int dtype, int n_threads) {
+    if (!n_tokens || !n_layers) return 0;
+    const vlmq_plan *plan = layers[0]->plan;
+    vlmq_jobs jobs = {.run = isas[plan->isa].kernels->multiply_rows, .n_jobs = n_layers};
+    for (int i = 0; i < n_layers; i++)
+        jobs.jobs[i] = (vlmq_job){.layer = layers[i], .plan = plan, .x = x, .out = ys[i], .n_tokens = n_tokens,
+                                  .dtype = dtype, .n_rows = layers[i]->out_features};
+    return run_jobs(&jobs, n_threads, n_tokens);
 }
 
-int vlmq_unpack(const vlmq_layer *layer, int64_t first_row, int64_t n_rows, void *out, int dtype, int n_threads) {
-    vlmq_job job = {.layer = layer, .plan = layer->plan, .out = out, .dtype = dtype, .first_row = first_row,
-                    .n_rows = n_rows};
-    return run_job(&job, isas[job.plan->isa].kernels->unpack_rows, n_threads, 4);
+int vlmq_unpack(const vlmq_layer *layer, const int64_t *rows, int64_t first_row, int64_t n_rows, void *out,
+                int dtype, int n_threads) {
+    for (int64_t i = 0; rows && i < n_rows; i++)
+        if (rows[i] < 0 || rows[i] >= layer->out_features) return -2;
+    vlmq_jobs jobs = {.run = isas[layer->plan->isa].kernels->unpack_rows, .n_jobs = 1};
+    jobs.jobs[0] = (vlmq_job){.layer = layer, .plan = layer->plan, .out = out, .dtype = dtype, .rows = rows,
+                              .first_row = first_row, .n_rows = n_rows};
+    return run_jobs(&jobs, n_threads, 4);
 }

@@ -14,7 +14,8 @@
 
 #include <stdint.h>
 
-#define VLMQ_ABI 2
+#define VLMQ_ABI 3
+#define VLMQ_MAX_LAYERS 8
 #define VLMQ_MAX_TOKENS 16
 #define VLMQ_MAX_THREADS 64
 
@@ -66,13 +67,16 @@ VLMQ_EXPORT void vlmq_plan_free(vlmq_plan *plan);
 typedef void (*vlmq_team)(void (*run)(void *data), void *data, unsigned n_threads, unsigned flags);
 VLMQ_EXPORT void vlmq_use_team(vlmq_team parallel);
 
-/* x (n_tokens, in_features), y (n_tokens, out_features) in `dtype`; n_tokens at most VLMQ_MAX_TOKENS.
- * The result does not depend on n_threads. Returns 0, or -1 if there is not enough memory. */
-VLMQ_EXPORT int vlmq_linear(const vlmq_layer *layer, const void *x, void *y, int64_t n_tokens, int dtype,
-                            int n_threads);
+/* Layers with the same plan, at most VLMQ_MAX_LAYERS, of the same x (n_tokens, in_features): ys[i] (n_tokens,
+ * out_features of layer i) in `dtype`; n_tokens at most VLMQ_MAX_TOKENS. The result depends neither on n_threads nor
+ * on the layers beside. Returns 0, or -1 if there is not enough memory. */
+VLMQ_EXPORT int vlmq_linear(const vlmq_layer *const *layers, void *const *ys, int n_layers, const void *x,
+                            int64_t n_tokens, int dtype, int n_threads);
 
-/* Rows first_row .. first_row + n_rows - 1 of W into out (n_rows, in_features) in float32 or bfloat16. */
-VLMQ_EXPORT int vlmq_unpack(const vlmq_layer *layer, int64_t first_row, int64_t n_rows, void *out, int dtype,
-                            int n_threads);
+/* Rows of W into out (n_rows, in_features) in float32 or bfloat16: those that `rows` lists, or where it is NULL
+ * first_row .. first_row + n_rows - 1. Returns 0, -1 if there is not enough memory, -2 if a listed row does not
+ * exist; then nothing is written. */
+VLMQ_EXPORT int vlmq_unpack(const vlmq_layer *layer, const int64_t *rows, int64_t first_row, int64_t n_rows,
+                            void *out, int dtype, int n_threads);
 
 #endif

@@ -53,7 +53,10 @@ static double worst_error(vlmq_format format, int in, int out, int group_size, i
     vlmq_layer plain_layer = layer;
     plain_layer.plan = plain;
     for (int i = 0; i < N_TOKENS * out; i++) y[i] = NAN;
-    if (vlmq_unpack(&plain_layer, 0, out, weight, 0, 1) || vlmq_linear(&layer, x, y, N_TOKENS, 0, 2)) return INFINITY;
+    const vlmq_layer *layers[1] = {&layer};
+    void *ys[1] = {y};
+    if (vlmq_unpack(&plain_layer, NULL, 0, out, weight, 0, 1) || vlmq_linear(layers, ys, 1, x, N_TOKENS, 0, 2))
+        return INFINITY;
     double worst = 0;
     for (int t = 0; t < N_TOKENS; t++) {
         round_token(x + t * in, in, rounded);

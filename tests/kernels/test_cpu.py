@@ -166,3 +166,41 @@ def test_strided_parts_are_read_right():
     layer.let_go()
     x = torch.randn(3, 300)
     assert torch.equal(layer(x), bound_layer(weight)(x))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["int4", "int3", "ternary", "binary2"])
+@pytest.mark.parametrize("n_tokens", [1, 5])
+def test_layers_computed_together_equal_layers_alone(isa, name, n_tokens):
+    layers = [random_layer(name, n, 330, 64, isa) for n in (6, 131, 1, 40)]
+    x = torch.randn(2, n_tokens, 330, dtype=torch.bfloat16)
+    results = layers[0].together(layers[1:], x)
+    assert results is not None
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(results, layers, strict=True))
+
+
+@needs_library
+def test_layers_that_do_not_fit_are_not_computed_together():
+    layer, x = random_layer("int4", 6, 330, 64), torch.randn(1, 330)
+    assert layer.together([random_layer("int3", 6, 330, 64)], x) is None
+    assert layer.together([random_layer("int4", 6, 330, 32)], x) is None
+    assert layer.together([layer] * cpu.MAX_LAYERS, x) is None
+    assert layer.together([layer], torch.randn(cpu.MAX_TOKENS + 1, 330)) is None
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int8", "ternary", "binary2"])
+def test_look_up_gives_rows_of_the_weight(name, dtype):
+    weight = random_weight(name, 50, 200, 64)
+    ids = torch.tensor([[3, 0], [49, 3]])[:, 0]  # not contiguous
+    rows = bound_layer(weight).look_up(ids, dtype)
+    assert torch.equal(rows, weight.dequantize()[ids].to(dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_look_up_of_a_row_that_does_not_exist_is_refused(wrong):
+    with pytest.raises(IndexError, match=r"0 \.\. 49"):
+        random_layer("int8", 50, 200, 64).look_up(torch.tensor([0, wrong]), torch.float32)

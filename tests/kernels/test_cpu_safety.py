@@ -57,11 +57,12 @@ def test_nothing_beyond_the_tensors_is_read(name, isa):
         for n_tokens in (1, 6):
             x = guarded.copy(torch.randn(n_tokens, in_features))
             y = guarded.copy(torch.full((n_tokens, out_features), torch.nan))
-            args = (layer.address, x.data_ptr(), y.data_ptr(), n_tokens, 0, 1)
+            out = (ctypes.c_void_p * 1)(y.data_ptr())
+            args = (layer.addresses, out, 1, x.data_ptr(), n_tokens, 0, 1)
             assert layer.plan.library.vlmq_linear(*args) == 0
             assert torch.equal(y, layer(x))
         out = guarded.copy(torch.empty(out_features, in_features))
-        assert layer.plan.library.vlmq_unpack(layer.address, 0, out_features, out.data_ptr(), 0, 1) == 0
+        assert layer.plan.library.vlmq_unpack(layer.address, None, 0, out_features, out.data_ptr(), 0, 1) == 0
         assert torch.equal(out, weight.dequantize())
 
 
