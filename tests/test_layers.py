@@ -17,8 +17,9 @@ LAYERS = (
     "linear | calib | solvers",
     "quantization , block_solving , run , planning , checkpoint , staging , integrity , hf , attach"
     " , embedding , opening , progress",
+    "exports",
     "eval",
-    "terminal , cli , cli_bench , cli_eval",
+    "terminal , cli , cli_bench , cli_eval , cli_export",
 )
 RANK = {
     room: i for i, layer in enumerate(LAYERS) for room in layer.replace("|", ",").replace(",", " ").split()

@@ -1,4 +1,4 @@
-"""The command line: `vlmq quantize | eval | inspect | bench | demo`.
+"""The command line: `vlmq quantize | eval | inspect | export | bench | demo`.
 
 Nothing is decided here: each command opens what it is given, calls one function, and prints a table or, with
 --json, a JSON object on stdout. Whatever the user can put right ends with one line on stderr and exit code 2.
@@ -15,6 +15,7 @@ from vlmq.calib.data import load
 from vlmq.calib.saliency import SALIENCIES, read_options
 from vlmq.cli_bench import bench_command
 from vlmq.cli_eval import eval_command
+from vlmq.cli_export import export_command
 from vlmq.eval.demo import run_demo
 from vlmq.eval.report import Table
 from vlmq.eval.size import disk_bytes, model_size
@@ -140,6 +141,9 @@ def inspect_command(
     if layers:
         tables["layers"] = layer_table(loaded)
     _show_model(loaded, Path(model), json, tables=tables)
+
+
+app.command("export")(export_command)
 
 
 app.command("bench")(bench_command)

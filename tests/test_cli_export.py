@@ -1,0 +1,59 @@
+"""`vlmq export` on a tiny packed model, as a user runs it."""
+
+import json
+import sys
+
+import pytest
+from packed_models import packed
+
+import vlmq
+from vlmq import cli
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run `vlmq export` in a folder that holds a packed model; returns the exit code, stdout and stderr."""
+    vlmq.save(packed("llama", ("int4-sym-g32",)), tmp_path / "packed")
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["vlmq", "export", "packed", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_export_writes_a_folder_and_says_what(run, tmp_path):
+    code, out, _ = run("--to", "compressed-tensors", "--out", "there")
+    assert code == 0
+    assert "every value is as it was" in out
+    assert (tmp_path / "there" / "model.safetensors").is_file()
+    block = json.loads((tmp_path / "there" / "config.json").read_text())["quantization_config"]
+    assert block["quant_method"] == "compressed-tensors"
+
+
+def test_json_is_one_object(run):
+    code, out, _ = run("--to", "compressed-tensors", "--out", "there", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert sum(report["layers"].values()) == 14
+    assert report["relative_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "onnx", "--out", "there"), "--to 'onnx' is unknown; known: compressed-tensors"),
+        (("--to", "compressed-tensors", "--out", "packed"), "is the model itself"),
+        (("--to", "compressed-tensors", "--out", "there", "--convert", "int5"), "--convert: format 'int5'"),
+    ],
+)
+def test_a_mistake_is_one_line(run, tmp_path, arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
