@@ -1,31 +1,32 @@
 """Whole models: how fast they generate, what they need, and how good they are, each in a process of its own.
 
-    python -m vlmq.eval.bench_models '{"model": "my-folder", "n_new": 64}'
-
-measures one model and prints one line of JSON; `bench_models` starts such a process for every model, one after the
-other, so that no model profits from what another has loaded, and peak memory is that of one model. The first model is
-the baseline of the ratios.
+No model profits from what another has loaded, and peak memory is that of one model. The models take turns, a run
+each, so that what disturbs the machine disturbs all; the ratio to the first model is the median over the turns. Models
+that together would fill more than half of the memory are measured one after the other instead.
 
 A model is a folder or a hub name, packed or not, or `preset:NAME` (see `vlmq.eval.presets`), or
 `preset:NAME@SCHEME` with its layers packed with random codes, which measures speed and memory only.
 """
 
 import json
-import subprocess
+import statistics
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from vlmq.eval.child import serve, start
 from vlmq.eval.easy_vqa_data import load_shapes
-from vlmq.eval.generation import held_bytes, measure_speed, peak_bytes
+from vlmq.eval.generation import generate_once, held_bytes, peak_bytes
 from vlmq.eval.perplexity import perplexity, token_windows
-from vlmq.eval.presets import PRESETS, build_preset
+from vlmq.eval.presets import PRESETS, build_preset, preset_bytes
 from vlmq.eval.report import Column, Table
 from vlmq.eval.size import disk_bytes, model_size
 from vlmq.eval.vqa import answer_accuracy, encode_questions, load_rows
@@ -87,13 +88,15 @@ def check_job(job: Job) -> None:
     """Find what is wrong with a job before any time is spent.
 
     Raises:
-        ValueError: an unknown preset, counts below their minimum, a missing file.
+        ValueError: an unknown preset, counts below their minimum, a missing file, a folder without weights.
     """
     name, _ = _preset_of(job.model)
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; known: {' '.join(PRESETS)}")
     if name is None and not Path(job.model).is_dir() and job.model.startswith((".", "/", "~")):
         raise ValueError(f"model {job.model!r}: there is no such folder")
+    if name is None and Path(job.model).is_dir():
+        disk_bytes(Path(job.model))  # which refuses a folder without weights
     for path in filter(None, (job.text, job.vqa)):
         if path != SHAPES and not Path(path).is_file():
             raise ValueError(f"there is no file {path!r}")
@@ -104,39 +107,52 @@ def check_job(job: Job) -> None:
         )
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Load a model in this process and measure it; returns values for `COLUMNS` and the settings."""
-    check_job(job)
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    device = torch.device(job.device or "cpu")
-    before = held_bytes(device)
-    model, processor = _open(job)
-    inputs = prompt(model, processor, job.n_prompt)
-    speed = measure_speed(model, inputs, n_new=job.n_new, n_runs=job.n_runs)
-    peak = peak_bytes(device) - before
-    size = model_size(model)
-    record: dict[str, Any] = {
-        "model": job.model,
-        **asdict(speed),
-        "range": f"{speed.slowest:.0f}-{speed.fastest:.0f}",
-        "weight_megabytes": size.total_bits / 8e6,
-        "peak_megabytes": peak / 1e6,
-        "megabytes": disk_bytes(Path(job.model)) / 1e6 if Path(job.model).is_dir() else None,
-        "bits_per_weight": size.bits_per_weight if size.n_quantized_layers else 8.0 * model.dtype.itemsize,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    if job.text is not None:
-        ids = _token_ids(job, processor)
-        record["perplexity"] = perplexity(model, ids)
-        record["decode_perplexity"] = perplexity(model, ids, batch_size=1, chunk=DECODE_TOKENS)
-    if job.vqa is not None:
-        rows = load_shapes("test") if job.vqa == SHAPES else load_rows(job.vqa)
-        result = answer_accuracy(model, processor, rows[: job.n_questions])
-        record |= {"accuracy": result.accuracy, "answer_nll": result.answer_nll}
-    return record
+class Measurement:
+    """A model that is open in this process."""
+
+    def __init__(self, job: Job) -> None:
+        check_job(job)
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self.job = job
+        self.device = torch.device(job.device or "cpu")
+        self.before = held_bytes(self.device)
+        self.model, self.processor = _open(job)
+        self.inputs = prompt(self.model, self.processor, job.n_prompt)
+
+    def run(self) -> list[float]:
+        """Generate once: seconds to the first token, and from the first to the last."""
+        first, decode, _ = generate_once(self.model, self.inputs, self.job.n_new)
+        return [first, decode]
+
+    def record(self) -> dict[str, Any]:
+        """What does not depend on the clock: memory, size, quality, settings."""
+        job, model, device = self.job, self.model, self.device
+        peak = peak_bytes(device) - self.before
+        size = model_size(model)
+        record: dict[str, Any] = {
+            "model": job.model,
+            "n_prompt": int(self.inputs["input_ids"].shape[1]),
+            "n_new": job.n_new,
+            "weight_megabytes": size.total_bits / 8e6,
+            "peak_megabytes": peak / 1e6,
+            "megabytes": disk_bytes(Path(job.model)) / 1e6 if Path(job.model).is_dir() else None,
+            "bits_per_weight": size.bits_per_weight
+            if size.n_quantized_layers
+            else 8.0 * model.dtype.itemsize,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        if job.text is not None:
+            ids = _token_ids(job, self.processor)
+            record["perplexity"] = perplexity(model, ids)
+            record["decode_perplexity"] = perplexity(model, ids, batch_size=1, chunk=DECODE_TOKENS)
+        if job.vqa is not None:
+            rows = load_shapes("test") if job.vqa == SHAPES else load_rows(job.vqa)
+            result = answer_accuracy(model, self.processor, rows[: job.n_questions])
+            record |= {"accuracy": result.accuracy, "answer_nll": result.answer_nll}
+        return record
 
 
 def prompt(model: PreTrainedModel, processor: Any, n_prompt: int) -> dict[str, Any]:
@@ -164,11 +180,11 @@ def prompt(model: PreTrainedModel, processor: Any, n_prompt: int) -> dict[str, A
 def bench_models(
     jobs: Sequence[Job], *, report: Callable[[str], None] = lambda _: None
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """Measure models one after the other, each in a fresh process.
+    """Measure models in turns, each in a process of its own.
 
     Args:
         jobs: what to measure; the first is the baseline.
-        report: told a line before each model.
+        report: told a line before each turn and before what follows them.
 
     Returns:
         the table, and the records with all settings.
@@ -179,22 +195,55 @@ def bench_models(
     """
     for job in jobs:
         check_job(job)
-    records: list[dict[str, Any]] = []
-    for number, job in enumerate(jobs, start=1):
-        report(f"{number}/{len(jobs)} {job.model}")
-        records.append(_in_own_process(job))
-        records[-1]["speedup"] = records[-1]["tokens_per_second"] / records[0]["tokens_per_second"]
+    groups = [list(jobs)] if _fit_together(jobs) else [[job] for job in jobs]
+    records = [record for group in groups for record in _take_turns(group, report)]
+    base = records[0]["speeds"]
+    for record in records:
+        pairs = zip(record["speeds"], base, strict=False)
+        record["speedup"] = statistics.median(own / other for own, other in pairs)
     columns = tuple(c for c in COLUMNS if any(r.get(c.key) is not None for r in records))
     return Table("Generation", columns, tuple(tuple(r.get(c.key) for c in columns) for r in records)), records
 
 
-def _in_own_process(job: Job) -> dict[str, Any]:
-    command = [sys.executable, "-m", "vlmq.eval.bench_models", json.dumps(asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise RuntimeError(f"{job.model}: {lines[-1] if lines else f'exit code {done.returncode}'}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _fit_together(jobs: Sequence[Job]) -> bool:
+    """Whether all models may be open at a time: on a CPU, with sizes that are known beforehand."""
+    if any(job.device not in (None, "cpu") for job in jobs):
+        return False
+    n_bytes = [_known_bytes(job.model) for job in jobs]
+    return None not in n_bytes and sum(filter(None, n_bytes)) < psutil.virtual_memory().total / 2
+
+
+def _known_bytes(model: str) -> int | None:
+    if Path(model).is_dir():
+        return disk_bytes(Path(model))
+    name, scheme = _preset_of(model)
+    return None if name is None else preset_bytes(name, scheme)
+
+
+def _take_turns(jobs: Sequence[Job], report: Callable[[str], None]) -> list[dict[str, Any]]:
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(start("vlmq.eval.bench_models", json.dumps(asdict(job)), job.model))
+            for job in jobs
+        ]
+        turns: list[list[list[float]]] = []
+        for turn in range(max(job.n_runs for job in jobs) + 1):
+            report(f"run {turn} of {jobs[0].n_runs}" if turn else "first run, not counted")
+            turns.append([child.ask("run") for child in children])
+        records = []
+        for child, job, runs in zip(children, jobs, zip(*turns[1:], strict=True), strict=True):
+            report(f"size and quality of {job.model}")
+            speeds = [(job.n_new - 1) / decode for _, decode in runs]
+            records.append(
+                {
+                    "first_token": statistics.median(first for first, _ in runs),
+                    "tokens_per_second": statistics.median(speeds),
+                    "range": f"{min(speeds):.0f}-{max(speeds):.0f}",
+                    "speeds": speeds,
+                    **child.ask("record"),
+                }
+            )
+    return records
 
 
 def _preset_of(model: str) -> tuple[str | None, str | None]:
@@ -227,8 +276,15 @@ def _token_ids(job: Job, processor: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    """Measure the model that the JSON in the first argument describes."""
-    print(json.dumps(measure(replace(Job(""), **json.loads(sys.argv[1])))))
+    """Answer the parent about the model that the JSON in the first argument describes."""
+    measurement = None
+
+    def answer(line: str) -> Any:
+        nonlocal measurement
+        measurement = measurement or Measurement(replace(Job(""), **json.loads(sys.argv[1])))
+        return measurement.run() if line == "run" else measurement.record()
+
+    serve(answer)
 
 
 if __name__ == "__main__":

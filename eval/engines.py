@@ -11,17 +11,16 @@ both greedily, batch size one. Decode time is that of the tokens after the first
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from vlmq.eval import child
+from vlmq.eval.child import Child
 from vlmq.eval.generation import generate_once, held_bytes, peak_bytes
 from vlmq.kernels.cpu import isa_in_use
 from vlmq.opening import open_model
@@ -60,10 +59,9 @@ class Opened:
 class Engine:
     """The parent's end of a process."""
 
-    def __init__(self, spec: Spec, process: subprocess.Popen[str], errors: IO[str]) -> None:
+    def __init__(self, spec: Spec, child: Child) -> None:
         self.spec = spec
-        self.process = process
-        self.errors = errors
+        self.child = child
 
     def run(self) -> dict[str, Any]:
         """Generate once; seconds, tokens, bytes at the peak so far, and the instruction set in use.
@@ -71,36 +69,15 @@ class Engine:
         Raises:
             RuntimeError: the process has ended; the message holds its last line.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write("run\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            code = self.process.wait()
-            self.errors.seek(0)
-            lines = [line.strip() for line in self.errors if line.strip()]
-            raise RuntimeError(
-                f"{self.spec.engine} on {self.spec.path}: {lines[-1] if lines else f'exit code {code}'}"
-            )
-        return json.loads(answer)
+        return self.child.ask("run")
 
 
 @contextmanager
 def start(spec: Spec) -> Iterator[Engine]:
     """Start a process; it is ended when the context is left."""
-    command = [sys.executable, "-m", "vlmq.eval.engines", json.dumps(asdict(spec))]
-    pipe = subprocess.PIPE
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
-        try:
-            yield Engine(spec, process, errors)
-        finally:
-            process.kill()
-            process.communicate()
+    name = f"{spec.engine} on {spec.path}"
+    with child.start("vlmq.eval.engines", json.dumps(asdict(spec)), name) as process:
+        yield Engine(spec, process)
 
 
 def open_vlmq(spec: Spec) -> Opened:
@@ -152,24 +129,22 @@ def open_llama_cpp(spec: Spec) -> Opened:
 ENGINES: dict[str, Callable[[Spec], Opened]] = {"vlmq": open_vlmq, "llama.cpp": open_llama_cpp}
 
 
-def serve(spec: Spec, requests: IO[str], answers: IO[str]) -> None:
-    """Open the model at the first line, and answer each line with one generation as a line of JSON."""
+def main() -> None:
+    """Answer the parent about the engine that the JSON in the first argument describes."""
+    spec = Spec(**json.loads(sys.argv[1]))
     opened, before = None, 0
-    for _ in requests:
+
+    def answer(_: str) -> dict[str, Any]:
+        nonlocal opened, before
         if opened is None:
             before = held_bytes(CPU)
             opened = ENGINES[spec.engine](spec)
         first, decode, tokens = opened.generate()
         peak = peak_bytes(CPU) - before
         record = {"first_token": first, "decode_seconds": decode, "tokens": tokens, "peak_bytes": peak}
-        print(json.dumps(record | {"path": opened.path}), file=answers, flush=True)
+        return record | {"path": opened.path}
 
-
-def main() -> None:
-    """Serve what the JSON in the first argument describes; what libraries print goes to stderr."""
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
-        serve(Spec(**json.loads(sys.argv[1])), sys.stdin, answers)
+    child.serve(answer)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """How fast a model generates: time to the first token, tokens per second after it, peak memory.
 
 A run is one greedy `generate` of a fixed number of new tokens through transformers, batch size one; the clock is read
-as each token is handed out. Decode speed is that of the tokens after the first, the median over runs of
+as each token is handed out. Decode speed is that of the tokens after the first,
 
     (n_new - 1) / (time of the last token - time of the first)
 
-so the prompt is in the time to the first token alone. The first run warms up and is not counted.
+so the prompt is in the time to the first token alone.
 """
 
 import resource
-import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What was measured.
-
-    Attributes:
-        first_token: seconds to the first new token, median over the runs.
-        tokens_per_second: decode speed, median over the runs.
-        slowest: decode speed of the slowest run.
-        fastest: decode speed of the fastest run.
-        n_prompt: tokens of the prompt, images included.
-        n_new: tokens generated per run.
-    """
-
-    first_token: float
-    tokens_per_second: float
-    slowest: float
-    fastest: float
-    n_prompt: int
-    n_new: int
 
 
 class _Clock(BaseStreamer):
@@ -60,37 +37,6 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         """Nothing is left to do."""
-
-
-def measure_speed(
-    model: PreTrainedModel, inputs: dict[str, Any], *, n_new: int = 64, n_runs: int = 5
-) -> Speed:
-    """Generate greedily and measure.
-
-    Args:
-        model: a model that generates, on its device.
-        inputs: one prompt, as for `model.generate`; (1, n_prompt) input_ids.
-        n_new: new tokens per run, at least 2.
-        n_runs: counted runs.
-
-    Raises:
-        ValueError: fewer than two new tokens, no run, or a batch of more than one prompt.
-    """
-    ids = inputs["input_ids"]
-    if n_new < 2 or n_runs < 1 or ids.shape[0] != 1:
-        raise ValueError(
-            f"expected one prompt, n_new >= 2 and n_runs >= 1, got {ids.shape[0]} prompts, {n_new} and {n_runs}"
-        )
-    runs = [generate_once(model, inputs, n_new) for _ in range(n_runs + 1)][1:]
-    speeds = [(n_new - 1) / decode for _, decode, _ in runs]
-    return Speed(
-        first_token=statistics.median(first for first, _, _ in runs),
-        tokens_per_second=statistics.median(speeds),
-        slowest=min(speeds),
-        fastest=max(speeds),
-        n_prompt=int(ids.shape[1]),
-        n_new=n_new,
-    )
 
 
 def generate_once(

@@ -85,19 +85,29 @@ def build_preset(
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; known: {' '.join(PRESETS)}")
-    config = PRESETS[name]()
-    auto = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype)
+    model = _build_empty(name, scheme, dtype)
     generator = torch.Generator(device).manual_seed(seed)
-    if scheme is not None:
-        _pack_empty(model, scheme, dtype, name)
     model.to_empty(device=device)
     for module in model.modules():
         _fill(module, generator)
         if next(module.buffers(recurse=False), None) is not None:
             model._init_weights(module)  # computes rotary frequencies and the like
     return model.eval()
+
+
+def preset_bytes(name: str, scheme: str | None, *, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the weights that `build_preset` would make."""
+    return sum(p.nbytes for p in _build_empty(name, scheme, dtype).parameters())
+
+
+def _build_empty(name: str, scheme: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    config = PRESETS[name]()
+    auto = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype)
+    if scheme is not None:
+        _pack_empty(model, scheme, dtype, name)
+    return model
 
 
 def _pack_empty(model: PreTrainedModel, scheme: str, dtype: torch.dtype, name: str) -> None:

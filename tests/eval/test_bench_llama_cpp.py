@@ -82,7 +82,7 @@ def test_an_engine_that_fails_says_why(stand_in):
 def test_its_process_ends_with_the_context(stand_in):
     with start(Spec("llama.cpp", "model.gguf", 1, [1, 2, 3, 4], 3)) as engine:
         assert engine.run()["tokens"] == [7, 8, 9]
-    assert engine.process.poll() is not None
+    assert engine.child.process.poll() is not None
 
 
 @pytest.mark.parametrize(

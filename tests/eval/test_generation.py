@@ -4,8 +4,7 @@ import pytest
 import tiny_models
 import torch
 
-from vlmq.eval import generation
-from vlmq.eval.generation import held_bytes, measure_speed, peak_bytes
+from vlmq.eval.generation import generate_once, held_bytes, peak_bytes
 
 
 @pytest.fixture
@@ -17,15 +16,6 @@ def prompt(n_tokens=5, rows=1):
     return {"input_ids": torch.ones(rows, n_tokens, dtype=torch.int64)}
 
 
-def test_every_run_makes_all_its_tokens_and_the_first_is_not_counted(model, monkeypatch):
-    seconds = iter([(9.0, 9.0), (1.0, 0.5), (3.0, 0.25), (2.0, 1.0)])
-    monkeypatch.setattr(generation, "generate_once", lambda *_: (*next(seconds), []))
-    speed = measure_speed(model, prompt(), n_new=5, n_runs=3)
-    assert speed.first_token == 2.0
-    assert (speed.tokens_per_second, speed.slowest, speed.fastest) == (8.0, 4.0, 16.0)
-    assert (speed.n_prompt, speed.n_new) == (5, 5)
-
-
 def test_the_clock_sees_each_new_token(model):
     n_steps = 0
     handle = model.register_forward_pre_hook(lambda *_: count())
@@ -34,25 +24,19 @@ def test_the_clock_sees_each_new_token(model):
         nonlocal n_steps
         n_steps += 1
 
-    speed = measure_speed(model, prompt(), n_new=4, n_runs=2)
+    first, decode, tokens = generate_once(model, prompt(), 4)
     handle.remove()
-    assert n_steps == 3 * 4
-    assert 0 < speed.slowest <= speed.tokens_per_second <= speed.fastest
+    assert n_steps == 4
+    assert min(first, decode) > 0
+    expected = model.generate(**prompt(), do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    assert tokens == expected[0, 5:].tolist()
 
 
 def test_an_end_token_does_not_shorten_a_run(model):
     with torch.no_grad():
         token = int(model(**prompt()).logits[0, -1].argmax())
     model.generation_config.eos_token_id = token
-    assert measure_speed(model, prompt(), n_new=6, n_runs=1).n_new == 6
-
-
-@pytest.mark.parametrize(
-    ("inputs", "n_new", "n_runs"), [(prompt(rows=2), 4, 1), (prompt(), 1, 1), (prompt(), 4, 0)]
-)
-def test_counts_that_measure_nothing_are_refused(model, inputs, n_new, n_runs):
-    with pytest.raises(ValueError, match="expected one prompt"):
-        measure_speed(model, inputs, n_new=n_new, n_runs=n_runs)
+    assert len(generate_once(model, prompt(), 6)[2]) == 6
 
 
 def test_memory_counts_what_is_held():
