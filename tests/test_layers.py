@@ -16,7 +16,8 @@ LAYERS = (
     "siblings",
     "linear | calib | solvers",
     "quantization , block_solving , run , planning , checkpoint , staging , integrity , hf , attach"
-    " , embedding , opening , progress",
+    " , embedding , opening , progress , distillation , distill_data , distill_loop , distill_losses"
+    " , distill_settings , straight_through",
     "exports",
     "eval",
     "terminal , cli , cli_bench , cli_eval , cli_export",

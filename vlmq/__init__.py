@@ -8,8 +8,20 @@ Importing vlmq makes packed checkpoints known to transformers, so that its own `
 
 from vlmq import calib, eval
 from vlmq.checkpoint import load, push, save
+from vlmq.distillation import distill
 from vlmq.planning import plan
 from vlmq.quantization import pack_embeddings, quantize
 from vlmq.scheme import Scheme
 
-__all__ = ["Scheme", "calib", "eval", "load", "pack_embeddings", "plan", "push", "quantize", "save"]
+__all__ = [
+    "Scheme",
+    "calib",
+    "distill",
+    "eval",
+    "load",
+    "pack_embeddings",
+    "plan",
+    "push",
+    "quantize",
+    "save",
+]
