@@ -4,6 +4,7 @@ Bits count everything that is stored for the quantized layers: codes with their 
 Biases and all other parameters count in full in the figures for the whole model, a tied parameter once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def model_size(model: nn.Module) -> ModelSize:
         n_parameters=n_weights + sum(p.numel() for p in rest),
         total_bits=bits + sum(8 * p.numel() * p.element_size() for p in rest),
     )
+
+
+def sparsity(layers: Iterable[QuantLinear]) -> float:
+    """Share of the weights that are exactly 0, over all layers; NaN without any.
+
+    Args:
+        layers: packed layers.
+    """
+    n_zeros = n_weights = 0
+    for layer in layers:
+        weight = layer.dequantize()
+        n_zeros += int((weight == 0).sum())
+        n_weights += weight.numel()
+    return n_zeros / n_weights if n_weights else float("nan")
 
 
 def disk_bytes(folder: str | Path) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from vlmq.eval.report import Column, Table
+from vlmq.eval.size import sparsity
 from vlmq.families.packed import scheme_name
 from vlmq.families.parts import part_of
 from vlmq.linear import QuantLinear, true_bits
@@ -18,6 +19,7 @@ PART_COLUMNS = (
     Column("n_weights", "Weights", ","),
     Column("true_bits_per_weight", "True bits per weight", ".3f"),
 )
+ZEROS = Column("sparsity", "Zeros", ".1%")
 MEASURED = (Column("proxy_loss", "Proxy loss", ".2e"), Column("seconds", "Seconds", ".1f"))
 TOKENS = (Column("n_tokens", "Tokens", ","), Column("n_effective", "Effective tokens", ",.0f"))
 LEAST = Column("n_effective", "Effective tokens, least", ",.0f")
@@ -32,6 +34,7 @@ LAYER_COLUMNS = (
     Column("shape", "Shape"),
     Column("kernel", "Kernel"),
     Column("true_bits_per_weight", "True bits per weight", ".3f"),
+    ZEROS,
     Column("solver", "Solver"),
     *MEASURED,
     *TOKENS,
@@ -63,8 +66,8 @@ def part_table(model: PreTrainedModel) -> Table:
         seconds = sum(report.seconds for report in reports) if reports else math.nan
         least = min((report.n_effective for report in reports), default=None)
         bits = sum(true_bits(layer) for layer in layers) / n_weights
-        rows.append((part, scheme, len(layers), n_weights, bits, loss, seconds, least))
-    return Table("Quantized layers", (*PART_COLUMNS, *MEASURED, LEAST), tuple(rows))
+        rows.append((part, scheme, len(layers), n_weights, bits, sparsity(layers), loss, seconds, least))
+    return Table("Quantized layers", (*PART_COLUMNS, ZEROS, *MEASURED, LEAST), tuple(rows))
 
 
 def layer_table(model: PreTrainedModel) -> Table:
@@ -79,7 +82,8 @@ def layer_table(model: PreTrainedModel) -> Table:
             measured = (report.solver, *figures, notes)
         shape = f"{layer.out_features} x {layer.in_features}"
         bits = true_bits(layer) / n_weights_of(layer)
-        rows.append((name, scheme_name(layer), shape, layer.kernel(), bits, *measured))
+        zeros = sparsity([layer])
+        rows.append((name, scheme_name(layer), shape, layer.kernel(), bits, zeros, *measured))
     return Table("Layers", LAYER_COLUMNS, tuple(rows))
 
 

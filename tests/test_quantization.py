@@ -217,3 +217,16 @@ def test_a_second_run_adds_layers():
     first = set(packed(model))
     vlmq.quantize(model, batches, "int8-g16")
     assert first < set(packed(model))
+
+
+@pytest.mark.parametrize("family", ["clip", "llava", "qwen3_5"])
+def test_q_ffn_leaves_all_that_mixes_tokens(family):
+    model = tiny_models.build(family)
+    ffn, everything = vlmq.plan(model, "ternary-g16", overrides="Q-FFN"), vlmq.plan(model, overrides="Q-ALL")
+    assert everything.schemes.keys() == vlmq.plan(model).schemes.keys()
+    assert {name.split(".")[-2] for name in ffn.schemes} == {"mlp"}
+    rest = everything.schemes.keys() - ffn.schemes.keys()
+    assert rest
+    assert all("attn" in name for name in rest)
+    assert {ffn.kept[name] for name in rest} == {"override 'attention'"}
+    assert vlmq.plan(model, overrides={"*": None, "ffn": "int4"}).schemes.keys() == ffn.schemes.keys()

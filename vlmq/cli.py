@@ -22,8 +22,9 @@ from vlmq.eval.size import disk_bytes, model_size
 from vlmq.eval.summary import kernel_table, layer_table, part_table, plan_table
 from vlmq.opening import check_device, open_empty, open_model, open_processor
 from vlmq.options import parse_options
-from vlmq.planning import Plan, plan
+from vlmq.planning import PRESETS, Plan, plan
 from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, check_alpha, quantize
+from vlmq.scheme import Scheme
 from vlmq.staging import check_space
 
 TOKEN_WEIGHTS = ", ".join(SALIENCIES)
@@ -59,7 +60,9 @@ def quantize_command(
     alpha: Annotated[float, typer.Option(help="Strength of the asymmetric target, 0 to 1.")] = DEFAULT_ALPHA,
     override: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN=SCHEME", help="A part or layer pattern; none keeps it. Repeatable."),
+        typer.Option(
+            metavar="PATTERN=SCHEME", help="Part, half or pattern; none keeps it. Or Q-FFN. Repeatable."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -84,8 +87,7 @@ def quantize_command(
     read_options(saliency, saliency_options)
     check_device(device)
     checkpoint.check_target(out)
-    if out.resolve() == Path(model).resolve():
-        raise ValueError(f"OUT is MODEL itself ({model}), which would be replaced; choose another folder")
+    _check_not_itself(out, model)
     with terminal.working("planning"):
         empty = open_empty(model, trust_remote_code=trust_remote_code)
         steps = plan(
@@ -161,14 +163,22 @@ def demo_command(
     terminal.show({"models": demo.table}, json, lines=[f"wrote {path}" for path in demo.files])
 
 
-def parse_overrides(texts: list[str]) -> dict[str, str | None]:
-    """Read PATTERN=SCHEME, where the scheme "none" keeps the layers in full precision.
+def _check_not_itself(out: Path, model: str) -> None:
+    if out.resolve() == Path(model).resolve():
+        raise ValueError(f"OUT is MODEL itself ({model}), which would be replaced; choose another folder")
+
+
+def parse_overrides(texts: list[str]) -> dict[str, str | Scheme | None]:
+    """Read PATTERN=SCHEME, where the scheme "none" keeps the layers in full precision, or the name of a preset.
 
     Raises:
         ValueError: no pattern or no scheme.
     """
-    overrides: dict[str, str | None] = {}
+    overrides: dict[str, str | Scheme | None] = {}
     for text in texts:
+        if text in PRESETS:
+            overrides |= PRESETS[text]
+            continue
         pattern, _, scheme = text.rpartition("=")
         if not (pattern and scheme):
             example = "'vision=int8' or 'lm_head=none'"

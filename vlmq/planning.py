@@ -2,8 +2,10 @@
 
 Every linear layer inside the blocks of the language model, the text encoder and the vision tower is
 quantized to the scheme; everything else is kept, with the reason, layers that are packed already among it.
-Overrides change that: a pattern is a part ("vision", "projector", "language", "text"), or a shell pattern over
-full layer names; the last pattern that matches a layer decides, and None keeps the layer in full precision.
+Overrides change that: a pattern is a part ("vision", "projector", "language", "text"), a half of the blocks
+("attention", "ffn"), or a shell pattern over full layer names; the last pattern that matches a layer decides, and None
+keeps the layer in full precision. Two choices have names: "Q-FFN" quantizes the feed-forward layers only, "Q-ALL" all
+layers of the blocks.
 """
 
 from collections import Counter
@@ -16,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmq.attach import earlier_quantizer
+from vlmq.calib.saliency_residual import attention_modules, attention_of
 from vlmq.embedding import Embedding, find_embedding
 from vlmq.families import Layout, describe
 from vlmq.families.layout import ALREADY_QUANTIZED
@@ -29,6 +32,8 @@ from vlmq.solvers.recipe import check_format, split_options
 
 EMBEDDING = "embedding"
 EMBEDDING_SOLVER = "rtn"
+HALVES = ("attention", "ffn")
+PRESETS: dict[str, dict[str, str | Scheme | None]] = {"Q-ALL": {}, "Q-FFN": {"attention": None}}
 FIXED_REASONS = ("router", "multihead attention", "embedding-tied", "subclass of nn.Linear")
 
 
@@ -137,7 +142,7 @@ def plan(
     scheme: str | Scheme = "int4-g128",
     *,
     solver: str | None = None,
-    overrides: Mapping[str, str | Scheme | None] | None = None,
+    overrides: Mapping[str, str | Scheme | None] | str | None = None,
     options: Mapping[str, Any] | None = None,
     embeddings: str | Scheme | None = None,
 ) -> Plan:
@@ -147,7 +152,7 @@ def plan(
         model: any transformers model; parameters may be on the meta device.
         scheme: the scheme of all layers that no override names.
         solver: a recipe such as "gptq+cd"; None takes the default of each format.
-        overrides: part or pattern -> scheme, or None to keep the layer.
+        overrides: part, half or pattern -> scheme, or None to keep the layer; or the name of one of PRESETS.
         options: options of the solver.
         embeddings: scheme of the token embedding and the output head; None keeps them.
 
@@ -165,8 +170,8 @@ def plan(
     }
     kept = {name: info.kept for name, info in layout.linears.items() if info.kept is not None}
     sources = dict.fromkeys(layout.linears, "scheme")
-    for pattern, value in (overrides or {}).items():
-        matched = _match(pattern, layout)
+    for pattern, value in read_overrides(overrides).items():
+        matched = _match(pattern, layout, model)
         where = f"override {pattern!r} (matches {len(matched)} layers)"
         given = None
         if value is not None:
@@ -215,21 +220,53 @@ def _with_solver(
     return replace(scheme, solver=recipe, options=merged)
 
 
-def _match(pattern: str, layout: Layout) -> list[str]:
-    """Layers of a part, or layers whose full name fits the pattern.
+def read_overrides(
+    given: Mapping[str, str | Scheme | None] | str | None,
+) -> Mapping[str, str | Scheme | None]:
+    """Overrides by pattern; those of a preset by its name.
+
+    Raises:
+        ValueError: no preset of that name.
+    """
+    if not isinstance(given, str):
+        return given or {}
+    if given not in PRESETS:
+        raise ValueError(
+            f"overrides {given!r} is no preset; known: {' '.join(PRESETS)}, or give pattern -> scheme"
+        )
+    return PRESETS[given]
+
+
+def _half(pattern: str, layout: Layout, model: PreTrainedModel) -> list[str]:
+    """Layers of the blocks, but those kept by default, inside the modules that mix tokens or outside of them."""
+    matched = []
+    for spec in layout.blocks:
+        block = model.get_submodule(spec.name)
+        mixers = attention_modules(block)
+        for name, info in layout.linears.items():
+            if info.block == spec.name and (info.kept or ALREADY_QUANTIZED).startswith(ALREADY_QUANTIZED):
+                is_inside = attention_of(name.removeprefix(f"{spec.name}."), mixers) is not None
+                matched += [name] if is_inside == (pattern == "attention") else []
+    return matched
+
+
+def _match(pattern: str, layout: Layout, model: PreTrainedModel) -> list[str]:
+    """Layers of a part, of a half, or layers whose full name fits the pattern.
 
     Raises:
         ValueError: nothing matches.
     """
     if pattern in PARTS:
         matched = [n for n, info in layout.linears.items() if info.part == pattern and info.block is not None]
+    elif pattern in HALVES:
+        matched = _half(pattern, layout, model)
     else:
         matched = [name for name in layout.linears if fnmatchcase(name, pattern)]
     if not matched:
         some = ", ".join(list(layout.linears)[:: max(1, len(layout.linears) // 4)][:4])
         raise ValueError(
-            f"override {pattern!r} matches no linear layer; use a part ({' '.join(PARTS)}) or a pattern over full "
-            f"names such as {some}"
+            f"override {pattern!r} matches no linear layer; use a part ({' '.join(PARTS)}), a half "
+            f"({' '.join(HALVES)}) or a pattern over full names such as {some}"
         )
     return matched
 

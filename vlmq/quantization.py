@@ -50,7 +50,7 @@ def quantize(
     saliency: str = DEFAULT_SALIENCY,
     saliency_options: Mapping[str, Any] | None = None,
     alpha: float = DEFAULT_ALPHA,
-    overrides: Mapping[str, str | Scheme | None] | None = None,
+    overrides: Mapping[str, str | Scheme | None] | str | None = None,
     options: Mapping[str, Any] | None = None,
     embeddings: str | Scheme | None = None,
     device: torch.device | str | None = None,
@@ -72,8 +72,8 @@ def quantize(
         saliency_options: options of the saliency, see `vlmq.calib.saliency.read_options`.
         alpha: strength of the asymmetric target, 0 (plain) to 1 (full least squares towards the original's
             outputs).
-        overrides: part ("vision", "projector", "language", "text") or pattern over layer names -> scheme,
-            or None to keep those layers.
+        overrides: part ("vision", "projector", "language", "text"), half ("attention", "ffn") or pattern over layer
+            names -> scheme, or None to keep those layers; or a preset, "Q-FFN" or "Q-ALL".
         options: options of the solver, such as {"damp": 0.05}.
         embeddings: scheme of the token embedding and the output head, such as "int8-g64", rounded to nearest after
             all else; one packed matrix serves both where they are tied. None keeps them.

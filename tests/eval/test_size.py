@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlmq.eval.size import disk_bytes, model_size
-from vlmq.formats import get_format
+from vlmq.eval.size import disk_bytes, model_size, sparsity
+from vlmq.formats import QuantizedWeight, get_format
 from vlmq.linear import QuantLinear, true_bits
 
 
@@ -32,6 +32,16 @@ def test_model_size_counts_a_tied_parameter_once():
 
 def test_model_size_without_quantized_layers_has_no_bits_per_weight():
     assert str(model_size(nn.Linear(2, 2)).bits_per_weight) == "nan"
+
+
+def test_sparsity_is_the_share_of_weights_that_are_zero():
+    codes = torch.tensor([[0, 1, 2, 1], [1, 1, 1, 1]], dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.ones(2, 1, 1).half(), None, get_format("ternary"), None)
+    assert sparsity([QuantLinear.from_quantized(weight)]) == 6 / 8
+    zeros = torch.full((2, 1), 64, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.ones(2, 1, 1).half(), zeros, get_format("int2"), None)
+    assert sparsity([QuantLinear.from_quantized(weight)]) == 6 / 8
+    assert str(sparsity([])) == "nan"
 
 
 def test_disk_bytes_counts_weight_files_only(tmp_path):
