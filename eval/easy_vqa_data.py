@@ -70,7 +70,7 @@ def load_easy_vqa(split: Literal["train", "test"]) -> list[Row]:
         ValueError: the split is unknown.
         ModuleNotFoundError: the package is not installed.
     """
-    return [row for _, row in _indexed_rows(split)]
+    return [row for _, row in indexed_rows(split)]
 
 
 def load_shapes(part: Literal["calibration", "test"], *, n_rows: int | None = None) -> list[Row]:
@@ -119,7 +119,7 @@ def write_shapes(path: Path, *, n_calibration: int = 256, n_test: int = 512, see
     with zipfile.ZipFile(path, "w") as archive:
         for part, (split, n_rows) in chosen.items():
             records = []
-            for image_id, row in _stratified(_indexed_rows(split), n_rows, seed):
+            for image_id, row in _stratified(indexed_rows(split), n_rows, seed):
                 name = f"{part}/{image_id}.png"
                 buffer = io.BytesIO()
                 row["image"].save(buffer, format="PNG", optimize=True)
@@ -129,7 +129,7 @@ def write_shapes(path: Path, *, n_calibration: int = 256, n_test: int = 512, see
             archive.writestr(zipfile.ZipInfo(f"{part}.jsonl"), lines, zipfile.ZIP_DEFLATED)
 
 
-def _indexed_rows(split: str) -> list[tuple[int, Row]]:
+def indexed_rows(split: str) -> list[tuple[int, Row]]:
     """Rows of a split of the package with the number of their picture."""
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} of easy-vqa is unknown; known: train test")

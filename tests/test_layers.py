@@ -20,7 +20,7 @@ LAYERS = (
     " , distill_settings , straight_through",
     "exports",
     "eval",
-    "terminal , cli , cli_bench , cli_eval , cli_export",
+    "terminal , cli , cli_bench , cli_distill , cli_eval , cli_export",
 )
 RANK = {
     room: i for i, layer in enumerate(LAYERS) for room in layer.replace("|", ",").replace(",", " ").split()

@@ -1,4 +1,4 @@
-"""The command line: `vlmq quantize | eval | inspect | export | bench | demo`.
+"""The command line: `vlmq quantize | distill | eval | inspect | export | bench | demo`.
 
 Nothing is decided here: each command opens what it is given, calls one function, and prints a table or, with
 --json, a JSON object on stdout. Whatever the user can put right ends with one line on stderr and exit code 2.
@@ -14,6 +14,7 @@ from vlmq import checkpoint, terminal
 from vlmq.calib.data import load
 from vlmq.calib.saliency import SALIENCIES, read_options
 from vlmq.cli_bench import bench_command
+from vlmq.cli_distill import distill_command
 from vlmq.cli_eval import eval_command
 from vlmq.cli_export import export_command
 from vlmq.eval.demo import run_demo
@@ -127,6 +128,7 @@ def quantize_command(
 
 
 app.command("eval")(eval_command)
+app.command("distill")(distill_command)
 
 
 @app.command("inspect")

@@ -81,6 +81,39 @@ class LiveProgress:
             self._bar.stop()
 
 
+class LiveTraining:
+    """A bar over the steps with the losses; where stderr is no terminal, one line per validation."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("[bold]distill"), BarColumn(bar_width=24), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+        losses = TextColumn("{task.fields[losses]}", style="cyan")
+        self._bar = Progress(*columns, *times, losses, console=err, transient=True)
+        self._task = self._bar.add_task("distill", total=None, losses="")
+
+    def start(self, n_steps: int, first: int) -> None:
+        """Show the bar, where an interrupted run goes on."""
+        self._bar.update(self._task, total=n_steps, completed=first)
+        if err.is_terminal:
+            self._bar.start()
+
+    def step(self, number: int, losses: dict[str, float]) -> None:
+        """Move on by one step."""
+        text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self._bar.update(self._task, completed=number, losses=text)
+
+    def validated(self, number: int, loss: float, is_best: bool) -> None:
+        """One line that stays."""
+        err.print(
+            f"step {number}: validation loss {loss:.4f}{', the best yet' if is_best else ''}", highlight=False
+        )
+
+    def finish(self) -> None:
+        """Take the bar away."""
+        if err.is_terminal:
+            self._bar.stop()
+
+
 def follow(logger_name: str) -> None:
     """Show what a module reports of its steps, on stderr."""
     logger = logging.getLogger(logger_name)
