@@ -71,6 +71,10 @@ class Block:
         """Say that these linear layers of the live block stay as they now are."""
         self.settled.layers.update(names)
 
+    def unsettle(self) -> None:
+        """Say that layers of the live block that were settled have changed: what was kept of its runs is dropped."""
+        self.settled.forget_live()
+
     def replaying(
         self, i: int, *, original: bool, reach: Collection[str] = ()
     ) -> AbstractContextManager[None]:

@@ -48,6 +48,10 @@ class Settled:
         after = self.order[self.order.index(child) + 1 :]
         return original or all(names <= self.layers for c, names in layers.items() if c not in after)
 
+    def forget_live(self) -> None:
+        """Drop what was stored of the live block; the full-precision path stays."""
+        self.stored = {key: tree for key, tree in self.stored.items() if key[0]}
+
 
 @contextmanager
 def replayed(

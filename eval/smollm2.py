@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     started, cpu = time.perf_counter(), time.process_time()
     vlmq.quantize(
         model,
-        [{"input_ids": rows} for rows in calib.split(BATCH_SIZE)],
+        [{"input_ids": rows} for rows in calib.split(arguments.batch_size)],
         arguments.scheme,
         solver=arguments.solver,
         options=parse_options(arguments.option),
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-calib", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="rows per calibration batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tag", default="")
     parser.add_argument("--results", type=Path)

@@ -15,7 +15,7 @@ LAYERS = (
     "kernels , families , linalg",
     "siblings",
     "linear | calib | solvers",
-    "quantization , block_solving , run , planning , checkpoint , staging , integrity , hf , attach"
+    "quantization , block_solving , learning , run , planning , checkpoint , staging , integrity , hf , attach"
     " , embedding , opening , progress , distillation , distill_data , distill_loop , distill_losses"
     " , distill_settings , straight_through",
     "exports",

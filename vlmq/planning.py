@@ -28,7 +28,7 @@ from vlmq.formats import n_groups
 from vlmq.kernels.packing import row_bytes
 from vlmq.scheme import Scheme, parse_scheme
 from vlmq.solvers import default_solver
-from vlmq.solvers.recipe import check_format, split_options
+from vlmq.solvers.recipe import check_format, complete, learned_options, split_options
 
 EMBEDDING = "embedding"
 EMBEDDING_SOLVER = "rtn"
@@ -214,10 +214,12 @@ def _with_solver(
     scheme: Scheme, solver: str | None, options: Mapping[str, Any] | None, source: str
 ) -> Scheme:
     """Fill in the recipe and check that it takes the options; `source` is what the scheme was given by."""
-    recipe = scheme.solver or solver or default_solver(scheme.format)
+    recipe = complete(scheme.solver or solver or default_solver(scheme.format), scheme.format)
     merged = {**scheme.options, **(options or {})}
     split_options(recipe, merged, where=f" ({source} {scheme.name!r})")
-    return replace(scheme, solver=recipe, options=merged)
+    completed = replace(scheme, solver=recipe, options=merged)
+    learned_options(completed)
+    return completed
 
 
 def read_overrides(

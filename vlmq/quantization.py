@@ -8,7 +8,9 @@ path U:
    the layers quantized before it produce;
 3. H = U S U^T and D = (F - U) S U^T are gathered, the target is T = W + alpha W D H^-1; for a layer whose output is
    added to the residual stream, the drift of the stream itself takes the place of W D (`vlmq.calib.drift`);
-4. the solver finds the codes, and the layer is replaced.
+4. the solver finds the codes, and the layer is replaced;
+5. where the recipe ends in `learned`, the grids of the block are learned on the error of its output
+   (`vlmq.learning`).
 
 Layers that share inputs and token weights share H and are solved as one matrix, row under row.
 
@@ -32,6 +34,7 @@ from vlmq.calib.saliency import SALIENCIES, prepare, read_options
 from vlmq.calib.tokens import CalibBatch
 from vlmq.calib.walk import walk_blocks
 from vlmq.embedding import find_embedding, pack_embedding
+from vlmq.learning import check_learning, learn_block
 from vlmq.planning import EMBEDDING_SOLVER, plan
 from vlmq.progress import Progress, SilentProgress
 from vlmq.run import Run
@@ -67,7 +70,8 @@ def quantize(
         model: any transformers model: image-text-to-text, dual encoder or language model.
         calib_data: a CalibrationSet of `vlmq.calib.load`, or batches of model inputs, or token ids.
         scheme: format and group size, such as "int4-g128", "int2-g64", "ternary-channel".
-        solver: a recipe such as "gptq+cd"; None takes the default of each format.
+        solver: a recipe such as "gptq+cd", or "learned": the default of each format, then its grids learned block
+            by block; None takes the default of each format.
         saliency: how tokens are weighted, a name of `vlmq.calib.saliency.SALIENCIES`.
         saliency_options: options of the saliency, see `vlmq.calib.saliency.read_options`.
         alpha: strength of the asymmetric target, 0 (plain) to 1 (full least squares towards the original's
@@ -90,8 +94,9 @@ def quantize(
     labels, post = read_options(saliency, saliency_options)
     recipe = plan(model, scheme, solver=solver, overrides=overrides, options=options, embeddings=embeddings)
     batches = as_batches(calib_data, model)
-    context = prepare(saliency, model, recipe.layout, batches, labels=labels, post=post, seed=seed)
     run = Run(model, recipe, alpha, seed, progress or SilentProgress())
+    check_learning(run, len(batches))
+    context = prepare(saliency, model, recipe.layout, batches, labels=labels, post=post, seed=seed)
     _walk_and_pack(run, batches, device, lambda block: SALIENCIES[saliency](block, context))
     attach(
         model,
@@ -153,7 +158,9 @@ def _walk_and_pack(
     try:
         with torch.no_grad():
             for block in _walk(run, batches, device):
-                quantize_block(run, block, weigh(block))
+                weights = weigh(block)
+                quantize_block(run, block, weights)
+                learn_block(run, block, weights)
         run.pack()
         if embedding is not None:
             pack_embedding(run.model, embedding, run.plan.schemes[embedding.source()])

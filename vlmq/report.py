@@ -1,4 +1,4 @@
-"""The record of one quantized layer: one line of the report of a run."""
+"""The records of a run: one quantized layer, one pass of the learning of a block."""
 
 from dataclasses import dataclass
 
@@ -28,3 +28,19 @@ class LayerReport:
     damp: float
     seconds: float
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One pass of the learning of a block (`vlmq.learning`).
+
+    `training_loss` is the mean error of the block's output over the pass, `validation_loss` that on the held-out calls
+    after it, `start_loss` the same before anything was learned.
+    """
+
+    block: str
+    epoch: int
+    n_epochs: int
+    training_loss: float
+    validation_loss: float
+    start_loss: float

@@ -44,6 +44,16 @@ class Run:
         packed.report = report
         self.packed[name] = packed
 
+    def requantize(self, name: str, quantized: QuantizedWeight) -> None:
+        """Give a layer that has been replaced other quantized values; its report stays."""
+        dense, before = self.model.get_submodule(name), self.packed[name]
+        assert isinstance(dense, nn.Linear)
+        dense.weight.data = quantized.dequantize(dense.weight.dtype).to(dense.weight.device)
+        packed = QuantLinear.from_quantized(quantized, dense.bias, dtype=dense.weight.dtype)
+        packed.to(dense.weight.device)
+        packed.report = before.report
+        self.packed[name] = packed
+
     def pack(self, prefix: str = "") -> None:
         """Put the packed layers under `prefix` in place of their dense stand-ins."""
         for name, layer in self.packed.items():

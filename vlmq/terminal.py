@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table as RichTable
 
 from vlmq.eval.report import Table, as_json, as_rich
-from vlmq.report import LayerReport
+from vlmq.report import EpochReport, LayerReport
 
 WIDTH_OF_FILES = 200
 
@@ -74,6 +74,14 @@ class LiveProgress:
         self._bar.update(self._task, advance=1, where=where)
         for note in report.notes:
             err.print(f"{report.name}: {note}", style="yellow")
+
+    def epoch(self, report: EpochReport) -> None:
+        """Show the losses of one pass of the learning of a block."""
+        losses = f"loss {report.training_loss:.3g}  held out {report.start_loss:.3g} -> {report.validation_loss:.3g}"
+        where = f"{report.block}  learning {report.epoch}/{report.n_epochs}  {losses}"
+        self._bar.update(self._task, where=where)
+        if not err.is_terminal and report.epoch == report.n_epochs:
+            err.print(f"{self._title}: {where}")
 
     def finish(self) -> None:
         """Take the bar away."""

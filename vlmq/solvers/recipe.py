@@ -1,4 +1,8 @@
-"""The tables of solvers and refinements, and the running of a recipe such as "gptq+cd"."""
+"""The tables of solvers and refinements, and the running of a recipe such as "gptq+cd".
+
+A recipe may end in `learned`, alone or after other names: that step works on whole blocks, after the others have solved
+their layers, and is run by `vlmq.learning`; here only its options are read.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
@@ -9,6 +13,8 @@ from torch import Tensor
 from vlmq.formats import Format, QuantizedWeight
 from vlmq.options import check_types
 from vlmq.registry import Registry
+from vlmq.scheme import Scheme
+from vlmq.solvers.learned import LearnedOptions
 
 SOLVERS = Registry(
     "solver",
@@ -25,6 +31,7 @@ REFINEMENTS = Registry("refinement", {"cd": "vlmq.solvers.cd:refine"})
 
 # Solvers that are meant for one family of formats: those whose names begin so.
 FAMILIES = {"ternary": "ternary", "binary": "binary"}
+LEARNED = "learned"
 DEFAULT_RECIPES = {"int8": "gptq", "int8-sym": "gptq"}
 
 
@@ -33,13 +40,35 @@ def default_solver(format: Format) -> str:
     return DEFAULT_RECIPES.get(format.name, "gptq+cd")
 
 
+def complete(recipe: str, format: Format) -> str:
+    """The recipe with its start: `learned` alone begins with the default of the format.
+
+    Raises:
+        ValueError: `learned` stands anywhere but at the end.
+    """
+    if recipe == LEARNED:
+        return f"{default_solver(format)}+{LEARNED}"
+    if LEARNED in recipe.split("+")[:-1]:
+        raise ValueError(f"solver {recipe!r}: 'learned' works on whole blocks and can only come last")
+    return recipe
+
+
+def learned_options(scheme: Scheme) -> LearnedOptions | None:
+    """The options of the step `learned` of a layer's recipe; None if it has no such step."""
+    recipe = str(scheme.solver)
+    if recipe.split("+")[-1] != LEARNED:
+        return None
+    checked = check_types(scheme.options, _declared(recipe), f"solver {recipe!r}")
+    return LearnedOptions(**{n: v for n, v in checked.items() if n in get_type_hints(LearnedOptions)})
+
+
 def steps(recipe: str) -> list[tuple[str, Callable[..., QuantizedWeight]]]:
-    """The functions of a recipe, the solver first.
+    """The functions of a recipe that solve a layer, the solver first.
 
     Raises:
         ValueError: a name is unknown; the message lists the known ones.
     """
-    first, *rest = recipe.split("+")
+    first, *rest = recipe.removesuffix(f"+{LEARNED}").split("+")
     return [(first, SOLVERS[first]), *((name, REFINEMENTS[name]) for name in rest)]
 
 
@@ -76,14 +105,21 @@ def split_options(recipe: str, options: Mapping[str, Any], *, where: str = "") -
         TypeError: a value of another type than the option's.
     """
     declared = [_options_of(function) for _, function in steps(recipe)]
-    everything = {name: kind for step in declared for name, kind in step.items()}
-    checked = check_types(options, everything, f"solver {recipe!r}{where}")
+    checked = check_types(options, _declared(recipe), f"solver {recipe!r}{where}")
     for name, value in checked.items():
         if min(value if isinstance(value, tuple) else (value,)) < 0:
             raise ValueError(
                 f"solver {recipe!r}{where}: option {name} must not be below 0, got {options[name]}"
             )
     return [{name: value for name, value in checked.items() if name in step} for step in declared]
+
+
+def _declared(recipe: str) -> dict[str, Any]:
+    """All options of a recipe and their types."""
+    functions = [_options_of(function) for _, function in steps(recipe)]
+    if recipe.split("+")[-1] == LEARNED:
+        functions.append(get_type_hints(LearnedOptions))
+    return {name: kind for declared in functions for name, kind in declared.items()}
 
 
 def _options_of(function: Callable[..., QuantizedWeight]) -> dict[str, Any]:
