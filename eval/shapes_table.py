@@ -19,6 +19,7 @@ COLUMNS = (
     Column("scheme", "Scheme"),
     Column("parts", "Parts"),
     Column("alpha", "Alpha", "g"),
+    Column("solver", "Solver"),
     Column("saliency", "Saliency"),
     Column("nll", "Answer NLL", ".4f"),
     Column("range", "Range"),
@@ -29,20 +30,26 @@ COLUMNS = (
 
 
 def summarise(lines: Iterable[Mapping[str, Any]]) -> Table:
-    """One row for each scheme, parts, alpha and saliency, sorted, uniform first.
+    """One row for each scheme, parts, alpha, solver and saliency, sorted, uniform first.
 
     Raises:
         ValueError: two lines differ in nothing, or the original is there twice.
     """
-    groups: dict[tuple[str, str, float, str], dict[int, Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, float, str, str], dict[int, Mapping[str, Any]]] = {}
     for line in lines:
-        key = (line["scheme"] or "original", line["parts"], line["alpha"], line["saliency"])
+        key = (
+            line["scheme"] or "original",
+            line["parts"],
+            line["alpha"],
+            line["solver"] or "default",
+            line["saliency"],
+        )
         group = groups.setdefault(key, {})
         if line["seed"] in group:
             raise ValueError(f"{' '.join(map(str, key))}: seed {line['seed']} is there twice")
         group[line["seed"]] = line
     rows = []
-    for key in sorted(groups, key=lambda k: (*k[:3], k[3] != "uniform", k[3])):
+    for key in sorted(groups, key=lambda k: (*k[:4], k[4] != "uniform", k[4])):
         found = list(groups[key].values())
         losses = [line["nll"] for line in found]
         several = f"{min(losses):.4f} to {max(losses):.4f}" if len(found) > 1 else ""

@@ -125,6 +125,25 @@ def test_options_of_solver_and_saliency_are_recorded(run):
     assert metadata["saliency_options"] == {"clip": None, "power": 0.5}
 
 
+def test_learning_shows_its_losses_and_is_recorded(run):
+    settings = (
+        "--scheme",
+        "int2-g32",
+        "--override",
+        "vision=none",
+        "--solver",
+        "learned",
+        "--option",
+        "n_epochs=2",
+    )
+    code, out, err = run("quantize", "model", "taught", "--calib", "rows.jsonl", *settings, "--json")
+    assert code == 0, err
+    metadata = json.loads(out)["metadata"]
+    assert metadata["solver"] == ["gptq+cd+learned"]
+    assert metadata["options"] == {"n_epochs": 2}
+    assert "model.language_model.layers.1 learning 2/2 loss" in " ".join(err.split())
+
+
 def test_inspect_shows_tables(run, packed):
     code, out, _ = run("inspect", packed, "--layers")
     assert code == 0
