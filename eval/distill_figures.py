@@ -19,6 +19,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,6 @@ def vlm_figures(arguments: argparse.Namespace) -> list[Line]:
     return lines
 
 
-@torch.inference_mode()
 def speed_figures(arguments: argparse.Namespace) -> list[Line]:
     """Milliseconds per call, the median of 60, of each encoder with one row."""
     model, processor, data = _small_clip(arguments)
@@ -204,13 +204,20 @@ def speed_figures(arguments: argparse.Namespace) -> list[Line]:
             "text": lambda m=known: m.get_text_features(**text),
         }
         for side, call in calls.items():
-            times = []
-            for _ in range(70):
-                started = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - started)
-            lines.append({"model": name, "encoder": side, "milliseconds": 1000 * sorted(times[10:])[30]})
+            milliseconds = 1000 * _median_seconds(call)
+            lines.append({"model": name, "encoder": side, "milliseconds": milliseconds})
     return lines
+
+
+@torch.inference_mode()
+def _median_seconds(call: Callable[[], Any]) -> float:
+    """Of 60 calls after 10 others."""
+    times = []
+    for _ in range(70):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return sorted(times[10:])[30]
 
 
 def _small_clip(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Any, Any]:
