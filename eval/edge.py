@@ -28,6 +28,7 @@ from vlmq.eval.smollm2_data import calibration_tokens
 
 SCHEMES = ("int4-g64", "ternary-g64", "binary-g64")
 EMBEDDINGS = "int8-g64"
+N_RUNS = 11
 N_WINDOWS = 8  # of 512 tokens, once at a time and once through the cache
 
 
@@ -71,7 +72,7 @@ def pack_missing(out: Path, name: str, pack: Callable[[str, Path], None]) -> lis
 def jobs_of(out: Path, work: Path | None, threads: int) -> list[list[Job]]:
     """Make what is missing in OUT; returns one list of jobs per model, the original first."""
     shapes = [str(demo_model_path()), *pack_missing(out, "shapes-vlm", pack_shapes)]
-    groups = [[Job(model, threads=threads, vqa=SHAPES) for model in shapes]]
+    groups = [[Job(model, threads=threads, n_runs=N_RUNS, vqa=SHAPES) for model in shapes]]
     if work is not None:
         packed = pack_missing(out, "smollm2", partial(pack_smollm2, work))
         original = out / "smollm2-bfloat16"
@@ -83,7 +84,7 @@ def jobs_of(out: Path, work: Path | None, threads: int) -> list[list[Job]]:
         smollm2 = [str(original), *packed]
         groups.append(
             [
-                Job(model, threads=threads, text=str(work / "eval.pt"), n_windows=N_WINDOWS)
+                Job(model, threads=threads, n_runs=N_RUNS, text=str(work / "eval.pt"), n_windows=N_WINDOWS)
                 for model in smollm2
             ]
         )
