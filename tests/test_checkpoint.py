@@ -82,7 +82,7 @@ def test_save_writes_shards_reports_and_the_processor(saved, tmp_path):
 
 def test_config_names_layers_calibration_and_version(saved):
     block = json.loads((saved.folder / "config.json").read_text())["quantization_config"]
-    assert block["format_version"] == 1
+    assert block["format_version"] == 2
     assert block["metadata"] == {"seed": 0, "calibration": "none"}
     assert set(block["modules"]["ternary-g16"]) == {
         name for name, m in saved.model.named_modules() if isinstance(m, QuantLinear)
@@ -189,7 +189,7 @@ def test_load_refuses_other_checkpoints(tmp_path):
 
 def test_load_refuses_an_unknown_format_version(folder):
     set_config(folder, format_version=7)
-    with pytest.raises(ValueError, match="format_version 7, this vlmq .* reads 1; upgrade vlmq"):
+    with pytest.raises(ValueError, match="format_version 7, this vlmq .* reads 1, 2; upgrade vlmq"):
         load(folder)
 
 

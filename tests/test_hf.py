@@ -232,14 +232,14 @@ def test_dequantize_gives_a_plain_model(llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, r"format_version 2, this vlmq \(.*\) reads 1; upgrade"),
+        ({"format_version": 3}, r"format_version 3, this vlmq \(.*\) reads 1, 2; upgrade"),
         ({"format_version": "1"}, "format_version '1'"),
         ({"modules": {}}, "must map scheme names"),
         ({"modules": {"int4-g64": 3}}, "must map scheme names"),
         ({"modules": {"int5-g64": ["a"]}}, "'int5' of 'int5-g64' is unknown; known: int8"),
         ({"modules": {"int4-g65": ["a"]}}, "group size 65"),
         ({"modules": {"int4-g64": ["a"], "int2-g64": ["a"]}}, "layer 'a' is listed twice"),
-        ({"rotation": "hadamard"}, "keys that format version 1 lacks: rotation"),
+        ({"rotation": "hadamard"}, "keys that no format version has: rotation"),
     ],
 )
 def test_config_refuses(change, message):

@@ -10,9 +10,9 @@ add:
 - `load` finds the class, and gives each layer its report back.
 - `push` uploads such a folder as one commit.
 
-Format version 1, the only one so far, is: packed layout v1 (`vlmq.kernels.packing`), tensors `qweight`,
-`scales`, `zeros` per layer, the config block, the checksums. A change of any of them raises the version,
-and a reader refuses versions that it does not know.
+Format version 1 is: packed layout v1 (`vlmq.kernels.packing`), tensors `qweight`, `scales`, `zeros` per layer, the
+config block, the checksums. Version 2 adds the tensors of `vlmq.guard`, which stop a load without vlmq. A change of
+any of them raises the version, and a reader refuses versions that it does not know.
 """
 
 import json
@@ -279,7 +279,7 @@ tags: [vlmq, quantized]
 No quality was measured for this card.
 
 ```python
-import vlmq  # needed: without it transformers loads random weights
+import vlmq  # needed: transformers by itself refuses the checkpoint
 
 model = vlmq.load("{repo_id}")
 ```

@@ -1,8 +1,8 @@
 """The plug-in that makes `from_pretrained` and `save_pretrained` know packed models.
 
 transformers looks a checkpoint's `quant_method` up in two tables of classes; importing this module (`import
-vlmq` does) enters `VlmqConfig` and `VlmqQuantizer` there. Without it, transformers warns once and fills the
-quantized layers with random weights: there is no other way for a package to be found.
+vlmq` does) enters `VlmqConfig` and `VlmqQuantizer` there. There is no other way for a package to be found; what a load
+without it meets is in `vlmq.guard`.
 
 A model is loaded packed: while it is still on the meta device, each `nn.Linear` that the config names
 becomes an empty `QuantLinear`, so no full-precision copy ever exists. What transformers only logs (missing
@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vlmq.embedding import TABLE, dequantize_embeddings, place_empty, submodule
+from vlmq.guard import guards, patterns
 from vlmq.integrity import (
     check_layer_tensor,
     check_listed,
@@ -40,8 +41,8 @@ from vlmq.linear import QuantLinear, link_siblings
 from vlmq.scheme import Scheme, parse_scheme
 
 QUANT_METHOD = "vlmq"
-FORMAT_VERSION = 1
-KNOWN_VERSIONS = (1,)
+FORMAT_VERSION = 2
+KNOWN_VERSIONS = (1, 2)
 
 
 class VlmqConfig(QuantizationConfigMixin):
@@ -77,9 +78,7 @@ class VlmqConfig(QuantizationConfigMixin):
                 f"{known}; upgrade vlmq (the checkpoint was written by vlmq {vlmq_version})"
             )
         if unknown:
-            raise ValueError(
-                f"quantization_config has keys that format version 1 lacks: {', '.join(unknown)}"
-            )
+            raise ValueError(f"quantization_config has keys that no format version has: {', '.join(unknown)}")
         listed = modules.values() if isinstance(modules, Mapping) else ()
         if not listed or not all(isinstance(names, list) for names in listed):
             raise ValueError("quantization_config.modules must map scheme names to lists of layer names")
@@ -158,6 +157,8 @@ class VlmqQuantizer(HfQuantizer):
             )
             model.set_submodule(name, layer)
         place_empty(model, embeddings, schemes)
+        known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        model._keys_to_ignore_on_load_unexpected = known | patterns(schemes)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -178,7 +179,7 @@ class VlmqQuantizer(HfQuantizer):
         link_siblings(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Bring the checksums in the config up to date, and fix the order of the tensors.
+        """Bring config and checksums up to date, fix the order of the tensors, and add the guards.
 
         transformers calls this before it writes the config. It sorts the tensors of a loaded model but not of
         a fresh one; sorted both times, the same model gives the same bytes.
@@ -186,9 +187,10 @@ class VlmqQuantizer(HfQuantizer):
         config = self.quantization_config
         check_listed(model, config.schemes())
         config.checksums = checksums(model, config.modules)
+        config.format_version = FORMAT_VERSION
         model.config.quantization_config = config
-        tensors = sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0]))
-        return dict(tensors), {}
+        tensors = model.state_dict() | guards(config.schemes())
+        return dict(sorted(tensors.items(), key=lambda item: dot_natural_key(item[0]))), {}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Remember the dtype that the model is loaded in."""

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from vlmq.formats import Format, n_groups
+from vlmq.guard import find_guards
 from vlmq.kernels.packing import row_bytes
 from vlmq.linear import QuantLinear
 from vlmq.scheme import Scheme
@@ -56,6 +57,8 @@ def read_headers(files: Sequence[str | Path], has_zeros: Sequence[bool]) -> None
             config does not know.
     """
     found = Counter(name for path in files for name in read_header(path))
+    for name in find_guards([str(path) for path in files]):
+        del found[name]
     _check_structure(found, has_zeros, str(Path(files[0]).parent))
 
 
