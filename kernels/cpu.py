@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmq.formats import Format, get_format
-from vlmq.formats import n_groups as count_groups
 from vlmq.kernels.library import FormatRecord, LayerRecord, choose_isa, isa_names, open_library
-from vlmq.kernels.packing import row_bytes
+from vlmq.kernels.parts import check_parts
 
 MAX_TOKENS = 16
 MAX_LAYERS = 8
@@ -123,7 +122,7 @@ def bind(
     if isinstance(library, str):
         raise ValueError(f"the CPU kernels cannot run: {library}")
     fmt = get_format(format_name)
-    check_parts(qweight, scales, zeros, bias, fmt, in_features, group_size)
+    check_parts(qweight, scales, zeros, bias, fmt, in_features, group_size, torch.device("cpu"))
     plan = _plan(fmt.name, in_features, group_size, choose_isa(library, isa))
     return BoundLayer(plan, qweight, scales, zeros, bias)
 
@@ -278,39 +277,6 @@ def format_record(fmt: Format) -> FormatRecord:
         for t, values in enumerate(steps):
             record.table[t][: len(values)] = [int(n) for n in values]
     return record
-
-
-def check_parts(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    fmt: Format,
-    in_features: int,
-    group_size: int,
-) -> None:
-    """Check that the parts of a layer have the sizes that the C code, which sees addresses only, will read.
-
-    Raises:
-        ValueError: a shape, dtype or device that is not the expected one.
-    """
-    out_features = qweight.shape[0] if qweight.ndim else 0
-    n_groups = count_groups(in_features, group_size or None)
-    expected = {
-        "qweight": (qweight, (out_features, row_bytes(in_features, fmt.bits)), (torch.uint8,)),
-        "scales": (scales, (out_features, n_groups, fmt.n_terms), (torch.float16,)),
-        "zeros": (zeros, (out_features, n_groups) if fmt.has_zero else None, (torch.uint8,)),
-        "bias": (bias, None if bias is None else (out_features,), tuple(DTYPES)),
-    }
-    for name, (tensor, shape, dtypes) in expected.items():
-        got = None if tensor is None else tuple(tensor.shape)
-        if got != shape or (tensor is not None and (tensor.dtype not in dtypes or not tensor.is_cpu)):
-            seen = "None" if tensor is None else f"{got} {tensor.dtype} on {tensor.device}"
-            wanted = "None" if shape is None else f"{shape} {' or '.join(str(d) for d in dtypes)} on the CPU"
-            raise ValueError(
-                f"{name} of a {fmt.name} layer with {in_features} inputs and group size {group_size} "
-                f"must be {wanted}, got {seen}"
-            )
 
 
 def _is_same(copy: Tensor, own: Tensor | None) -> bool:

@@ -36,13 +36,15 @@ def dequantize_kernel(
         FORMAT: (bits, terms, first level, step of the levels).
         GROUP: group size, 0 for one group per channel.
 
-    Grid: (blocks of a row, tiles of rows).
+    Grid: (tiles of rows * blocks of a row,), the blocks of a tile after one another; the other axes of a grid hold
+    65535 programs only, fewer than a matrix may have tiles.
     """
     BITS: tl.constexpr = FORMAT[0]
     TERMS: tl.constexpr = FORMAT[1]
     LANES: tl.constexpr = codes_per_plane(BITS)
-    block = tl.program_id(0)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_blocks = tl.cdiv(K, 128)
+    block = tl.program_id(0) % n_blocks
+    o_n = tl.program_id(0) // n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(o_n, N - 1).to(tl.int64)[:, None]
     n_left = K - block * 128
     k = tl.arange(0, 128)[None, :]

@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmq.formats import get_format
-from vlmq.kernels.triton_linear import kernel_format, launch_options, n_processors, on_device, sum_splits
+from vlmq.kernels.triton_linear import (
+    checked_parts,
+    kernel_format,
+    launch_options,
+    n_processors,
+    on_device,
+    rows_of,
+    sum_splits,
+)
 
 ONES = tl.constexpr(0x01010101)
 BLOCK_N = 8
@@ -47,8 +55,11 @@ def quantize_kernel(
     largest = tl.zeros([BLOCK_K], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         o = k + tl.arange(0, BLOCK_K)
-        largest = tl.maximum(largest, tl.abs(tl.load(p_row + o, mask=o < K, other=0.0).to(tl.float32)))
-    top = tl.max(largest, axis=0)
+        x = tl.load(p_row + o, mask=o < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+    # A token that holds a NaN gets it as its scale; the reduction alone would pass over it.
+    has_nan = tl.max((largest != largest).to(tl.int32), axis=0)
+    top = tl.where(has_nan > 0, float("nan"), tl.max(largest, axis=0))
     inverse = tl.where(top > 0, 127.0 / tl.maximum(top, 1e-30), 0.0)
     n_words = K // 128 * WORDS
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -261,12 +272,16 @@ def quant_linear(
         (..., out_features) in the dtype of x.
 
     Raises:
-        ValueError: a format, size or group size that the kernel does not take (`why_not`).
+        ValueError: a format, size or group size that the kernel does not take (`why_not`), or a tensor whose shape,
+            dtype or device does not fit the others.
     """
     if reason := why_not(format_name, in_features, group_size):
         raise ValueError(f"decoding with 8-bit activations {reason}")
     fmt = get_format(format_name)
-    rows = x.reshape(-1, in_features).contiguous()
+    rows = rows_of("x", x, in_features)
+    qweight, scales, zeros, bias = checked_parts(
+        (qweight, scales, zeros, bias), format_name, in_features, group_size, x.device
+    )
     (n_tokens, _), out_features = rows.shape, qweight.shape[0]
     y = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
     if n_tokens:

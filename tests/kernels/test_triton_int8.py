@@ -30,6 +30,13 @@ def test_token_of_zeros_gives_the_bias(interpreter):  # noqa: F811
     assert interpreter("int8_of_zeros", "ternary")
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_token_that_is_not_finite_does_not_come_out_as_numbers(interpreter, value):  # noqa: F811
+    y = interpreter("int8_of_unusual", value)
+    assert not y[0].isfinite().any()
+    assert y[1].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "in_features", "group_size", "words"),
     [
@@ -79,7 +86,7 @@ def test_machine_code_keeps_to_its_budget(name, group_size, arch, budget):
     constants = {"FORMAT": kernel_format(name), "GROUP": group_size, "BLOCK_WORDS": 128, "ASM": True}
     constants["BLOCK_N"] = triton_int8.BLOCK_N
     code = compile_kernel(triton_int8.int8_matmul_kernel, arch, pointers, constants, warps=1)
-    assert code.n_spills == 0
+    assert code.stack_bytes == 0
     assert code.loop["IDP"] > 0
     assert code.loop["BAR"] == 0
     n_weights = triton_int8.BLOCK_N * 128 * 32 // get_format(name).bits

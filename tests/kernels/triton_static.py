@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,33 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What a kernel became: all its instructions, those of its main loop, registers and bytes."""
+    """What a kernel became: its instructions, which are read when asked for, and what the compiler says of it."""
 
-    all: Counter[str]
-    loop: Counter[str]
-    registers: int
+    cubin: bytes
+    ptx: str
     shared_bytes: int
 
-    @property
-    def n_spills(self) -> int:
-        return self.all["LDL"] + self.all["STL"]
+    @cached_property
+    def stack_bytes(self) -> int:
+        """Local memory of a thread: 0 if no register is spilled."""
+        usage = _output("cuobjdump", "-res-usage", self.cubin)
+        sizes = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage)
+        assert sizes is not None, usage
+        return int(sizes[1]) + int(sizes[2])
+
+    @cached_property
+    def all(self) -> Counter[str]:
+        """Instructions of the kernel."""
+        return _count(self._lines)
+
+    @cached_property
+    def loop(self) -> Counter[str]:
+        """Instructions of its main loop."""
+        return _count(max(_loops(self._lines), key=len, default=[]))
+
+    @cached_property
+    def _lines(self) -> list[str]:
+        return _output("nvdisasm", "-c", self.cubin).splitlines()
 
 
 def skip_without_tools() -> None:
@@ -68,24 +86,20 @@ def compile_kernel(
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return MachineCode(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
+
+
+def _output(tool: str, option: str, cubin: bytes) -> str:
+    # A second where the machine is idle; the limit is there for a tool that hangs.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        code, usage = _output("nvdisasm", "-c", file.name), _output("cuobjdump", "-res-usage", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    loop = max(_loops(code), key=len, default=[])
-    return MachineCode(_count(code.splitlines()), _count(loop), int(registers[1]), compiled.metadata.shared)
+        command = [str(TOOLS / tool), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=280).stdout
 
 
-def _output(tool: str, *args: str) -> str:
-    command = [str(TOOLS / tool), *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-
-
-def _loops(code: str) -> list[list[str]]:
+def _loops(lines: list[str]) -> list[list[str]]:
     """Lines between each label and a later branch back to it."""
-    lines = code.splitlines()
     labels: dict[str, int] = {}
     loops = []
     for i, line in enumerate(lines):

@@ -140,6 +140,14 @@ def int8_error(
     return _relative_error(y, rounded @ weight.dequantize().double().T + bias.double())
 
 
+def int8_of_unusual(value: float) -> Tensor:
+    """The layer applied to two tokens, of which the first holds the value."""
+    tensors = _arguments(_weight("ternary", (9, 128), None, "random"))
+    x = torch.ones(2, 128)
+    x[0, 77] = value
+    return triton_int8.quant_linear(x, *tensors[:3], None, *tensors[3:])
+
+
 def int8_of_zeros(name: str) -> bool:
     """Whether a token of zeros gives the bias, and no division by zero."""
     weight = _weight(name, (9, 128), None, "random")
