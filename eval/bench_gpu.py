@@ -1,4 +1,4 @@
-"""The packed kernels on one GPU, against what the GPU can do and against others: one JSON in under eight minutes.
+"""The packed kernels on one GPU, against the GPU's ceilings and against others: one JSON in under eight minutes.
 
     python -m vlmq.eval.bench_gpu --out results.json
     python -m vlmq.eval.bench_gpu --dry-run         # the list of measurements and their bytes, without a GPU
@@ -8,15 +8,15 @@ at 2048 and 4096 (prefill), each as torch bf16, torch's own int4 operator, GemLi
 formats, with 16-bit and 8-bit activations. Each figure is the median of replays of a CUDA graph that reads weights in
 turn, COLD_BYTES of them, so that none is found in the L2 cache; the spread is (fastest, slowest). `share` is bytes over
 seconds over the copy ceiling in decode, operations over seconds over the matmul ceiling in prefill. Before it is
-timed, each vlmq kernel is compared with the reference.
+timed, each vlmq kernel is compared with the reference. Then whole models (`vlmq.eval.bench_gpu_models`), each in a
+process of its own: what the kernels leave of LIMIT_SECONDS, at least LIMIT_SECONDS - KERNEL_SECONDS.
 """
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from vlmq.eval.bench_gpu_models import MODES, ModelJob, plan_models, run_models
 from vlmq.eval.smollm2 import commit
 from vlmq.formats import get_format
 from vlmq.kernels.packing import row_bytes
@@ -35,6 +36,7 @@ DECODE_TOKENS = (1, 16)
 PREFILL_TOKENS = (2048, 4096)
 FORMATS = (("int4", 128), ("int2", 128), ("ternary", 0), ("binary", 0))
 INT8_FORMATS = (("int2", 128), ("ternary", 0), ("binary", 0))
+KERNEL_SECONDS = 210.0
 LIMIT_SECONDS = 450.0
 LARGEST_ERROR = {"vlmq": 1e-2, "vlmq-a8": 5e-2}
 """Relative to the reference with 16-bit activations; 8-bit ones are rounded to a 127th of the largest."""
@@ -84,8 +86,8 @@ def check_gpu() -> None:
 
 
 def plan(has_gemlite: bool) -> list[Case]:
-    """Return all measurements: the most wanted first, should the time not do."""
-    cases = []
+    """Return all measurements: the most wanted first, should the time not do; GemLite, which tunes itself, last."""
+    cases, others = [], []
     for in_features, out_features in reversed(LAYERS):
         for n_tokens in (*DECODE_TOKENS, *PREFILL_TOKENS):
             size = (in_features, out_features, n_tokens)
@@ -96,8 +98,8 @@ def plan(has_gemlite: bool) -> list[Case]:
             if n_tokens == 1:
                 cases += [Case("vlmq-a8", name, group, *size) for name, group in INT8_FORMATS]
             if has_gemlite:
-                cases += [Case(f"gemlite-{name}", name, 128, *size) for name in ("int4", "int2")]
-    return cases
+                others += [Case(f"gemlite-{name}", name, 128, *size) for name in ("int4", "int2")]
+    return cases + others
 
 
 def ceilings() -> dict[str, float]:
@@ -152,12 +154,8 @@ def _torch_int4_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Te
 def _gemlite_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
     from gemlite.core import DType, GemLiteLinearTriton  # pyright: ignore[reportMissingImports]
 
-    n, k, group, bits = (
-        case.out_features,
-        case.in_features,
-        case.group_size,
-        get_format(case.format_name).bits,
-    )
+    n, k, group = case.out_features, case.in_features, case.group_size
+    bits = get_format(case.format_name).bits
     layers = []
     for _ in range(_n_copies(n * k * bits // 8)):
         layer = GemLiteLinearTriton(bits, group, k, n, input_dtype=DType.BF16, output_dtype=DType.BF16)
@@ -227,29 +225,37 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     result = bench_gpu(arguments.out, report=lambda line: print(line, flush=True))
-    if result["failed"]:
-        parser.exit(1, f"{len(result['failed'])} measurements failed, see {arguments.out}\n")
+    n_failed = len(result["failed"]) + len(result["models"]["failed"])
+    if n_failed:
+        parser.exit(1, f"{n_failed} measurements failed, see {arguments.out}\n")
 
 
 def dry_run() -> list[dict[str, Any]]:
     """Return what would be measured, with its bytes and operations; needs no GPU."""
     cases = plan(find_spec("gemlite") is not None)
-    return [asdict(case) | {"bytes": case.bytes_read, "operations": case.operations} for case in cases]
+    kernels = [asdict(case) | {"bytes": case.bytes_read, "operations": case.operations} for case in cases]
+    return kernels + [asdict(job) | {"mode": mode} for job in plan_models() for mode in MODES]
 
 
 def bench_gpu(out: Path | None, *, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Measure all that the time allows; see `run_all`."""
+    """Measure all that the time allows on the current GPU; see `run_all`."""
     check_gpu()
+    device = f"cuda:{torch.cuda.current_device()}"
+    jobs = [replace(job, device=device) for job in plan_models()]
     with torch.inference_mode():
-        return run_all(plan(find_spec("gemlite") is not None), out, report=report)
+        return run_all(plan(find_spec("gemlite") is not None), jobs, out, report=report)
 
 
 def run_all(
-    cases: list[Case], out: Path | None, *, report: Callable[[str], None] = lambda _: None
+    cases: list[Case],
+    jobs: list[ModelJob],
+    out: Path | None,
+    *,
+    report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure what the time allows; a case that fails is kept with its message, and the others go on.
+    """Measure what the time allows; what fails is kept with its message, and the others go on.
 
-    The file is written after every case, so that a run that is cut leaves what it has measured.
+    The file is written after every case and model, so that a run that is cut leaves what it has measured.
     """
     from triton.errors import TritonError
 
@@ -257,29 +263,36 @@ def run_all(
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "python": platform.python_version(),
         "commit": commit(),
         "command": "python -m vlmq.eval.bench_gpu",
         "ceilings": ceilings(),
         "measurements": [],
         "failed": [],
         "skipped_for_time": [],
+        "models": {"models": [], "failed": [], "skipped_for_time": []},
     }
+    limits = result["ceilings"]
+
+    def save(key: str, value: object) -> None:
+        result[key] = value
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
     lines: list[dict[str, Any]] = []
     for case in cases:
-        if time.monotonic() - started > LIMIT_SECONDS:
+        if time.monotonic() - started > KERNEL_SECONDS:
             result["skipped_for_time"].append(asdict(case))
             continue
         try:
-            lines.append(measure(case, result["ceilings"]))
+            lines.append(measure(case, limits))
             report(json.dumps(lines[-1]))
         except (RuntimeError, ValueError, TypeError, AttributeError, TritonError) as error:
             result["failed"].append(asdict(case) | {"error": f"{type(error).__name__}: {error}"})
             report(json.dumps(result["failed"][-1]))
         torch.cuda.empty_cache()
-        result["measurements"] = with_ratios(lines)
-        if out is not None:
-            out.write_text(json.dumps(result, indent=1) + "\n")
+        save("measurements", with_ratios(lines))
+    seconds, bandwidth = LIMIT_SECONDS - (time.monotonic() - started), limits["copy_bytes_per_second"]
+    run_models(jobs, seconds, bandwidth, report=report, save=lambda models: save("models", models))
     return result
 
 

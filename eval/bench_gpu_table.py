@@ -3,6 +3,7 @@
 from typing import Any
 
 from vlmq.eval.bench_gpu import Case
+from vlmq.eval.bench_gpu_models import plan_models
 from vlmq.eval.report import Column, Table
 from vlmq.eval.roofline import Point
 
@@ -17,6 +18,29 @@ COLUMNS = (
     Column("share", "Of the ceiling", ".0%"),
     Column("over_bf16", "Times torch bf16", ".2f"),
 )
+
+MODEL_COLUMNS = (
+    Column("model", "Model"),
+    Column("mode", "Decoded as"),
+    Column("tokens_per_second", "Tokens/s", ".1f"),
+    Column("slowest", "Slowest", ".1f"),
+    Column("over_bf16", "Times bf16", ".2f"),
+    Column("share", "Of the ceiling", ".0%"),
+    Column("first_token", "First token s", ".3f"),
+    Column("weight_megabytes", "Weights MB", ".0f"),
+    Column("peak_megabytes", "Peak MB", ".0f"),
+)
+
+
+def models_table(result: dict[str, Any]) -> Table:
+    """The whole models of a result."""
+    rows = []
+    for line in result["models"]["models"]:
+        suffix = f" ({line['backend']})" if line["backend"] else ""
+        cells = line | {"model": (line["scheme"] or "bf16") + suffix, "slowest": line["spread"][0]}
+        rows.append(tuple(cells[column.key] for column in MODEL_COLUMNS))
+    preset = plan_models()[0].preset
+    return Table(f"{preset} with random weights on {result['gpu']}, one prompt", MODEL_COLUMNS, tuple(rows))
 
 
 def results_table(result: dict[str, Any]) -> Table:

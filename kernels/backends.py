@@ -74,6 +74,10 @@ def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int)
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind, detail=cpu.isa_in_use),
     Backend("triton", triton_backend.why_not, triton_backend.quant_linear, triton_backend.quant_linear_grad),
+    # It rounds activations, and takes what the entry before it takes: so it runs only where it is named.
+    Backend(
+        "triton-a8", triton_backend.why_not, triton_backend.quant_linear_a8, triton_backend.quant_linear_grad
+    ),
     Backend("reference", _runs_always, reference.quant_linear),
 )
 """In order of preference; the last one takes everything."""
@@ -103,6 +107,11 @@ def choose_backend(x: Tensor, format_name: str, in_features: int, group_size: in
             f"packed layers run in plain PyTorch, many times slower than the CPU kernels would: {lost}"
         )
     return BACKENDS[-1]
+
+
+def environment_with(backend: str) -> dict[str, str]:
+    """Return the environment of this process with VLMQ_BACKEND set, for a process that is to use one entry."""
+    return {**os.environ, OVERRIDE: backend}
 
 
 def kernel_name(x: Tensor, format_name: str, in_features: int, group_size: int) -> str:

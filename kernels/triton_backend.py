@@ -12,6 +12,9 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+A8_TOKENS = 4
+"""Most tokens that are rounded to 8 bits: each reads all weights anew."""
+
 
 def why_not(x: Tensor, format_name: str, in_features: int, group_size: int) -> str | None:
     """Return why the kernels cannot take x, None if they can; every format and group size is taken."""
@@ -36,6 +39,26 @@ def quant_linear(
     from vlmq.kernels import triton_linear
 
     return triton_linear.quant_linear(x, qweight, scales, zeros, bias, format_name, in_features, group_size)
+
+
+def quant_linear_a8(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Apply the packed linear layer to x rounded to 8 bits, where there are A8_TOKENS at most and its kernel takes the
+    layer; to x as it is elsewhere."""
+    from vlmq.kernels import triton_int8, triton_linear
+
+    is_few = x.numel() <= A8_TOKENS * in_features
+    takes = is_few and triton_int8.why_not(format_name, in_features, group_size) is None
+    run = triton_int8.quant_linear if takes else triton_linear.quant_linear
+    return run(x, qweight, scales, zeros, bias, format_name, in_features, group_size)
 
 
 def quant_linear_grad(

@@ -11,7 +11,7 @@ from vlmq.eval import bench_llama_cpp
 from vlmq.eval.bench_cpu import MAX_LOAD, bench_cpu, roofline_points
 from vlmq.eval.bench_gpu import FORMATS, LAYERS, bench_gpu, check_gpu
 from vlmq.eval.bench_gpu import dry_run as list_measurements
-from vlmq.eval.bench_gpu_table import gpu_roofline_points, results_table
+from vlmq.eval.bench_gpu_table import gpu_roofline_points, models_table, results_table
 from vlmq.eval.bench_models import PRESET, Job, bench_models
 from vlmq.eval.presets import PRESETS
 from vlmq.eval.report import Table, as_json, as_markdown, as_rich
@@ -134,8 +134,8 @@ def _bench_gpu(device: str, out: Path | None) -> tuple[Table, dict[str, Any]]:
     with torch.cuda.device(device):
         record = bench_gpu(None if out is None else out / "kernels.json", report=terminal.show_step)
     for missing in ("failed", "skipped_for_time"):
-        if record[missing]:
-            terminal.show_warning(f"{len(record[missing])} measurements: {missing}, see the JSON")
+        if n_missing := len(record[missing]) + len(record["models"][missing]):
+            terminal.show_warning(f"{n_missing} measurements: {missing}, see the JSON")
     points, ceilings = gpu_roofline_points(record), record["ceilings"]
     if out is not None and points:
         draw_roofline(
@@ -146,6 +146,10 @@ def _bench_gpu(device: str, out: Path | None) -> tuple[Table, dict[str, Any]]:
             peak=ceilings["matmul_operations_per_second"],
             subtitle=f"largest layer, weights from memory, torch {record['torch']}",
         )
+    models = models_table(record)
+    terminal.show_step(as_markdown(models))
+    if out is not None:
+        (out / "models.md").write_text(as_markdown(models))
     return results_table(record), record
 
 

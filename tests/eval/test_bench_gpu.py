@@ -7,6 +7,7 @@ import torch
 
 from vlmq.eval import bench_gpu
 from vlmq.eval.bench_gpu import Case, plan, with_ratios
+from vlmq.eval.bench_gpu_table import models_table
 
 
 def test_plan_holds_each_size_for_each_kernel():
@@ -42,8 +43,11 @@ def test_ratio_is_to_bf16_of_the_same_size():
 def test_dry_run_lists_every_measurement(capsys):
     bench_gpu.main(["--dry-run"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == len(plan(bench_gpu.find_spec("gemlite") is not None))
-    assert all(line["bytes"] > 0 and line["operations"] > 0 for line in lines)
+    n_kernels = len(plan(bench_gpu.find_spec("gemlite") is not None))
+    assert all(line["bytes"] > 0 and line["operations"] > 0 for line in lines[:n_kernels])
+    models = {(line["scheme"], line["backend"], line["mode"]) for line in lines[n_kernels:]}
+    assert {(None, None, "graph"), ("ternary-channel", "triton-a8", "compiled graph")} < models
+    assert len(models) == len(lines) - n_kernels
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
@@ -63,12 +67,36 @@ def test_a_failing_case_is_kept_and_the_others_go_on(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(bench_gpu, "ceilings", dict)
     monkeypatch.setattr(bench_gpu, "measure", measure)
-    cases = plan(has_gemlite=False)
-    result = bench_gpu.run_all(cases, tmp_path / "results.json")
+    monkeypatch.setattr(bench_gpu, "ceilings", lambda: {"copy_bytes_per_second": 1e9})
+    given = []
+
+    def run_models(jobs, seconds, bandwidth, *, report, save):
+        given.append((jobs, seconds, bandwidth))
+        save({"models": [{"tokens_per_second": 3.0}], "failed": [], "skipped_for_time": []})
+
+    monkeypatch.setattr(bench_gpu, "run_models", run_models)
+    cases, jobs = plan(has_gemlite=False), bench_gpu.plan_models()
+    result = bench_gpu.run_all(cases, jobs, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == result
+    assert result["models"]["models"] == [{"tokens_per_second": 3.0}]
+    assert [(given[0][0], given[0][2])] == [(jobs, 1e9)]
+    assert 0 < given[0][1] <= bench_gpu.LIMIT_SECONDS
     n_failed = sum(case.kernel == "torch-int4" for case in cases)
     assert len(result["failed"]) == n_failed > 0
     assert {line["error"] for line in result["failed"]} == {"RuntimeError: no such operator"}
     assert len(result["measurements"]) == len(cases) - n_failed
+
+
+def test_script_is_planned_below_eight_minutes():
+    assert bench_gpu.KERNEL_SECONDS < bench_gpu.LIMIT_SECONDS <= 460
+
+
+def test_models_of_a_result_are_a_table():
+    line = {"scheme": "ternary-channel", "backend": "triton-a8", "mode": "graph", "tokens_per_second": 300.0}
+    line |= {"spread": [290.0, 310.0], "over_bf16": None, "share": 0.4, "first_token": 0.1}
+    line |= {"weight_megabytes": 3000.0, "peak_megabytes": 4000.0}
+    table = models_table({"gpu": "a GPU", "models": {"models": [line]}})
+    assert table.rows == (
+        ("ternary-channel (triton-a8)", "graph", 300.0, 290.0, None, 0.4, 0.1, 3000.0, 4000.0),
+    )

@@ -41,7 +41,16 @@ def test_entry_is_never_chosen_on_a_cpu(monkeypatch):
 
 def test_entry_comes_before_the_reference():
     names = [backend.name for backend in BACKENDS]
-    assert names.index("triton") < names.index("reference")
+    assert names.index("triton") < names.index("triton-a8") < names.index("reference")
+
+
+def test_8_bit_activations_are_never_chosen_unasked(capability, monkeypatch):
+    pytest.importorskip("triton")
+    capability(9, 0)
+    monkeypatch.delenv("VLMQ_BACKEND", raising=False)
+    assert choose_backend(OnGpu(torch.half), "ternary", 128, 0).name == "triton"
+    monkeypatch.setenv("VLMQ_BACKEND", "triton-a8")
+    assert choose_backend(OnGpu(torch.half), "ternary", 128, 0).name == "triton-a8"
 
 
 @pytest.mark.parametrize("dtype", triton_backend.DTYPES)
