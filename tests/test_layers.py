@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. Rooms of one string are one layer; "|" keeps them apart, "," lets them see each other.
 LAYERS = (
-    "registry , report , options , guard",
+    "registry , report , options , guard , words",
     "formats",
     "scheme",
     "kernels , families , linalg",
@@ -17,7 +17,7 @@ LAYERS = (
     "linear | calib | solvers",
     "quantization , block_solving , learning , run , planning , checkpoint , staging , integrity , hf , attach"
     " , embedding , opening , progress , distillation , distill_data , distill_loop , distill_losses"
-    " , distill_settings , straight_through",
+    " , distill_settings , straight_through , imports , foreign",
     "exports",
     "eval",
     "terminal , cli , cli_bench , cli_distill , cli_eval , cli_export",

@@ -28,6 +28,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlmq.hf import QUANT_METHOD, VlmqQuantizer
+from vlmq.imports import METHODS, load_foreign
 from vlmq.integrity import read_header
 from vlmq.linear import QuantLinear
 from vlmq.report import LayerReport
@@ -84,7 +85,8 @@ def save(
 def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """Load a packed model from a folder or a repository of the hub, with the class that was saved.
 
-    The layers stay packed; float16 scales stay float16 whatever `dtype=` is.
+    The layers stay packed; float16 scales stay float16 whatever `dtype=` is. Checkpoints of compressed-tensors,
+    GPTQ and AWQ are read into packed layers with the same values (`vlmq.imports`).
 
     Args:
         path_or_id: folder or repository.
@@ -94,12 +96,15 @@ def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         The model in eval mode, with `report` on its packed layers where the checkpoint has one.
 
     Raises:
-        ValueError: no vlmq checkpoint, an unknown format version, or a truncated, damaged or incomplete one.
+        ValueError: no packed checkpoint, one of another format that vlmq cannot say without loss, an unknown
+            format version, or a truncated, damaged or incomplete one.
     """
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
     config = open_config(path_or_id, **hub, **trust)
     block = getattr(config, "quantization_config", None) or {}
+    if block.get("quant_method") in METHODS:
+        return load_foreign(_model_class(config), path_or_id, config, kwargs)
     if block.get("quant_method") != QUANT_METHOD:
         found = block.get("quant_method", "none")
         raise ValueError(

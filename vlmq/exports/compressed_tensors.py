@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlmq.exports.grid import IntegerGrid, share, whole_groups
 from vlmq.exports.naming import fused_groups, ignore_list, name_pattern
-from vlmq.exports.words import to_words
+from vlmq.words import to_words
 
 Spec = tuple[int, bool, int | None]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlmq.exports.words import from_words, to_words
+from vlmq.words import from_words, to_words
 
 
 def stream_oracle(numbers, bits):
