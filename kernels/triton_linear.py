@@ -288,7 +288,7 @@ def choose_config(x: Tensor, out_features: int, fmt: Format, group_size: int) ->
     arch = architecture(x.device)
     key = matmul_key(arch, n_tokens, out_features, in_features, fmt.bits, fmt.n_terms, group_size)
     return tuned_table().get(key) or default_matmul(
-        arch, n_tokens, out_features, in_features, fmt.bits, group_size, n_processors(x.device)
+        arch, n_tokens, out_features, in_features, fmt, group_size, n_processors(x.device)
     )
 
 

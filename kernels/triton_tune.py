@@ -37,10 +37,10 @@ class Shape:
 
 def candidates(shape: Shape, arch: str, n_processors: int) -> list[MatmulConfig]:
     """Return the rule's configuration first, then its neighbours in tile height, splits, stages, blocks and warps."""
-    bits = get_format(shape.format_name).bits
+    fmt = get_format(shape.format_name)
     sizes = (shape.n_tokens, shape.out_features, shape.in_features)
-    rule = default_matmul(arch, *sizes, bits, shape.group_size, n_processors)
-    blocks = [1] if shape.group_size or bits == 8 else [1, 2, 4]
+    rule = default_matmul(arch, *sizes, fmt, shape.group_size, n_processors)
+    blocks = [1] if shape.group_size or fmt.bits == 8 else [1, 2, 4]
     found = [rule]
     for block_n, warps in (
         ((64, 2), (128, 2), (128, 4), (256, 4)) if rule.block_m < 64 else ((128, 4), (128, 8))

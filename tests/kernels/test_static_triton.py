@@ -43,7 +43,7 @@ def compile_matmul(
 ) -> tuple[MachineCode, float]:
     """Machine code, and weights that a thread takes in one iteration of its main loop."""
     fmt = get_format(name)
-    tiles = default_matmul(f"sm_{arch}", n_tokens, 4096, 4096, fmt.bits, group_size, 132)
+    tiles = default_matmul(f"sm_{arch}", n_tokens, 4096, 4096 + 8 * tail, fmt, group_size, 132)
     code = compile_kernel(
         matmul_kernel,
         arch,
@@ -117,6 +117,15 @@ def test_variants_do_not_spill(name, group_size, options):
     code, _ = compile_matmul(name, group_size, 90, **options)
     check(code, 90)
     assert n_products(code) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "n_tokens", "tail"),
+    [("ternary", 0, 16, False), ("ternary", 0, 32, True), ("binary2", 32, 16, True)],
+)
+def test_what_wide_tiles_would_spill_does_not_on_sm_120(name, group_size, n_tokens, tail):
+    code, _ = compile_matmul(name, group_size, 120, n_tokens=n_tokens, tail=tail)
+    check(code, 120)
 
 
 @pytest.mark.parametrize("n_tokens", [32, 64])

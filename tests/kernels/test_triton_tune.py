@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from vlmq.formats import get_format  # noqa: E402
 from vlmq.kernels import triton_config, triton_linear  # noqa: E402
 from vlmq.kernels.triton_config import MatmulConfig, default_matmul, matmul_key, read_table  # noqa: E402
 from vlmq.kernels.triton_tune import Shape, candidates, tune  # noqa: E402
@@ -46,17 +47,36 @@ def test_tuned_entry_is_taken_and_another_shape_follows_the_rule(monkeypatch):
     key = matmul_key("cpu", 3, 96, 256, 4, 1, 64)
     monkeypatch.setattr(triton_linear, "tuned_table", lambda: {key: tuned})
     assert triton_linear.choose_config(x, 96, fmt, 64) == tuned
-    assert triton_linear.choose_config(x, 97, fmt, 64) == default_matmul("cpu", 3, 97, 256, 4, 64, 8)
+    assert triton_linear.choose_config(x, 97, fmt, 64) == default_matmul("cpu", 3, 97, 256, fmt, 64, 8)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 17, 64, 250])
 @pytest.mark.parametrize("in_features", [1, 128, 4096])
 @pytest.mark.parametrize("group_size", [0, 128])
 def test_rule_gives_tiles_that_the_kernel_takes(n_tokens, in_features, group_size):
-    config = default_matmul("sm_90", n_tokens, 4096, in_features, 4, group_size, 132)
+    config = default_matmul("sm_90", n_tokens, 4096, in_features, get_format("int4"), group_size, 132)
     assert config.block_m >= min(n_tokens, 64)
     assert config.blocks == 1 or group_size == 0
     assert config.splits == 1 or config.splits * 128 * config.blocks <= in_features
+
+
+@pytest.mark.parametrize(
+    ("arch", "n_tokens", "in_features", "name", "group_size", "block_n"),
+    [
+        ("sm_90", 1, 4096, "int4", 128, 128),
+        ("sm_90", 1, 4096, "ternary", 0, 128),
+        ("sm_90", 16, 4096, "ternary", 0, 128),
+        ("sm_120", 16, 4096, "ternary", 0, 64),
+        ("sm_90", 64, 4096, "int4", 32, 64),
+        ("sm_90", 1, 4000, "int4", 128, 64),
+        ("sm_90", 1, 4096, "int2", 0, 64),
+        ("sm_90", 1, 4096, "ternary2", 128, 128),
+        ("sm_90", 16, 4096, "ternary2", 128, 64),
+    ],
+)
+def test_tiles_are_narrow_where_wide_ones_spill(arch, n_tokens, in_features, name, group_size, block_n):
+    rule = default_matmul(arch, n_tokens, 4096, in_features, get_format(name), group_size, 132)
+    assert rule.block_n == block_n
 
 
 def test_tuning_keeps_the_fastest_and_other_entries(tmp_path, gpu):
