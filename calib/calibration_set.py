@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any, overload
 
 from torch import Tensor, uint8
@@ -77,9 +78,9 @@ class CalibrationSet(Sequence[CalibBatch]):
 
     @property
     def description(self) -> str:
-        """One line for logs and model cards."""
+        """One line for logs and model cards; of a path only its last part."""
         text = (
-            f"{self.source}: {self.n_rows} rows, {self.n_tokens} tokens "
+            f"{PurePath(self.source).name}: {self.n_rows} rows, {self.n_tokens} tokens "
             f"({self.n_image_tokens} of images, {self.n_answer_tokens} of answers)"
         )
         return text + (

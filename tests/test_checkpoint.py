@@ -1,4 +1,4 @@
-"""Save, load and push: whole folders or nothing, and refusal of what is damaged."""
+"""Save and load: whole folders or nothing, and refusal of what is damaged."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, build
 from torch import Tensor
 
 from vlmq import checkpoint, staging
-from vlmq.checkpoint import REPORT_FILE, load, load_report, push, save
+from vlmq.checkpoint import REPORT_FILE, load, load_report, save
 from vlmq.linear import QuantLinear
 from vlmq.report import LayerReport
 
@@ -300,43 +300,3 @@ def test_class_outside_transformers_needs_its_auto_map(saved):
         checkpoint._model_class(config)
     config.auto_map = {"AutoModelForCausalLM": "modeling_mine.MyModel"}
     assert checkpoint._model_class(config) is transformers.AutoModelForCausalLM
-
-
-class Hub:
-    """Stands in for HfApi: notes what is uploaded."""
-
-    def __init__(self, files_there: set[str]) -> None:
-        self.files_there = files_there
-        self.private: bool | None = None
-        self.uploaded: dict[str, bytes] = {}
-
-    def __call__(self, token: str | None = None) -> "Hub":
-        return self
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> SimpleNamespace:
-        assert exist_ok
-        self.private = private
-        return SimpleNamespace(repo_id=repo_id)
-
-    def file_exists(self, repo_id: str, name: str, revision: str | None) -> bool:
-        return name in self.files_there
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> SimpleNamespace:
-        self.uploaded = files(Path(folder_path))
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
-
-
-@pytest.mark.parametrize("there", [set(), {"README.md"}])
-def test_push_uploads_a_whole_folder(there, saved, monkeypatch):
-    hub = Hub(there)
-    monkeypatch.setattr(checkpoint, "HfApi", hub)
-    url = push(saved.model, "me/tiny-ternary", Processor(), private=True)
-    assert url == "https://hub/me/tiny-ternary/commit/1"
-    assert hub.private is True
-    assert {"model.safetensors", "config.json", REPORT_FILE, "processor_config.json"} <= hub.uploaded.keys()
-    assert ("README.md" in hub.uploaded) is not bool(there)
-    if not there:
-        card = hub.uploaded["README.md"].decode()
-        assert "- ternary-g16: 14 layers" in card
-        assert "No quality was measured" in card
-        assert "import vlmq" in card

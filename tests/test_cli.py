@@ -5,14 +5,25 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
+from packed_models import run_here
 from tiny_models import build
 from tiny_processors import build as build_processor
 from tiny_processors import picture
 
 from vlmq import cli
+from vlmq.eval import round_trip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _round_trip_here():
+    """The round-trip check without a process of its own, which test_card and test_hub start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_trip, "_run_fresh", run_here)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +155,29 @@ def test_learning_shows_its_losses_and_is_recorded(run):
     assert "model.language_model.layers.1 learning 2/2 loss" in " ".join(err.split())
 
 
+def test_quantize_leaves_a_card_and_the_record_of_the_check(packed, folder):
+    found = json.loads((folder / packed / "vlmq_round_trip.json").read_text())
+    assert found["is_ok"]
+    assert found["is_identical"]
+    assert found["question"] == "What does the image show?"
+    card = (folder / packed / "README.md").read_text()
+    assert "No quality was measured" in card
+    assert 'vlmq.load("packed")' in card
+
+
+def test_quantize_stops_at_a_failed_check_and_leaves_the_folder(run, folder, monkeypatch):
+    monkeypatch.setattr(
+        round_trip, "_run_fresh", lambda work: CompletedProcess([], 1, stderr="what went wrong")
+    )
+    code, out, err = run("quantize", "model", "failed", "--calib", "rows.jsonl", "--scheme", "int8-g32")
+    assert code == 2
+    assert "a fresh process cannot load it (what went wrong); the folder is left for inspection" in err
+    assert (folder / "failed" / "config.json").exists()
+    assert not (folder / "failed" / "README.md").exists()
+    code, _, err = run("push", "failed", "me/failed")
+    assert code == 2
+
+
 def test_inspect_shows_tables(run, packed):
     code, out, _ = run("inspect", packed, "--layers")
     assert code == 0
@@ -168,6 +202,13 @@ def test_eval_measures_text_and_questions_beside_the_original(run, packed):
     ("arguments", "message"),
     [
         (("quantize", "model", "out"), "--calib is missing"),
+        (("quantize", "model", "out", "--private"), "give --push REPOSITORY too"),
+        (("quantize", "model", "out", "--calib", "rows.jsonl", "--vqa", "none.jsonl"), "none.jsonl"),
+        (
+            ("quantize", "model", "out", "--calib", "rows.jsonl", "--text", "text.txt"),
+            "too few for 1 windows of 512",
+        ),
+        (("push", "model", "/me/x"), "cannot push to /me/x: Repo id must"),
         (("quantize", "model", "out", "--dry-run", "--scheme", "int5"), "format 'int5'"),
         (("quantize", "model", "out", "--dry-run", "--override", "vision"), "expected PATTERN=SCHEME"),
         (("quantize", "model", "out", "--dry-run", "--override", "nothing.*=int8"), "nothing.*"),

@@ -20,7 +20,8 @@ LAYERS = (
     " , distill_settings , straight_through , imports , foreign",
     "exports",
     "eval",
-    "terminal , cli , cli_bench , cli_distill , cli_eval , cli_export",
+    "card , hub",
+    "terminal , cli , cli_bench , cli_distill , cli_eval , cli_export , cli_quantize",
 )
 RANK = {
     room: i for i, layer in enumerate(LAYERS) for room in layer.replace("|", ",").replace(",", " ").split()

@@ -7,8 +7,9 @@ Importing vlmq makes packed checkpoints known to transformers, so that its own `
 """
 
 from vlmq import calib, eval
-from vlmq.checkpoint import load, push, save
+from vlmq.checkpoint import load, save
 from vlmq.distillation import distill
+from vlmq.hub import push
 from vlmq.planning import plan
 from vlmq.quantization import pack_embeddings, quantize
 from vlmq.scheme import Scheme

@@ -6,10 +6,14 @@ which weights are no longer tied. A model that was packed in part before is exte
 
 import copy
 import json
+import re
 from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmq.hf import QUANT_METHOD, VlmqConfig, VlmqQuantizer
@@ -29,6 +33,18 @@ def earlier_quantizer(model: PreTrainedModel) -> VlmqQuantizer | None:
         found = type(earlier).__name__
         raise ValueError(f"the model is already quantized by {found}; start from full precision")
     return earlier
+
+
+def origin(model: PreTrainedModel) -> dict[str, Any]:
+    """Where a model comes from, for its metadata: its repository (None if it is not in the hub's cache), versions."""
+    name = getattr(model, "name_or_path", "")
+    is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    is_of_hub = is_of_hub and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    packages = ("vlmq", "torch", "transformers")
+    return {
+        "base_model": name if is_of_hub else None,
+        "versions": {package: version(package) for package in packages},
+    }
 
 
 def attach(

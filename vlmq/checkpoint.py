@@ -1,14 +1,14 @@
-"""Save, load and push packed models.
+"""Save and load packed models.
 
 A checkpoint is a transformers folder: config.json (with the block `quantization_config`, see
 `vlmq.hf.VlmqConfig`), safetensors files (see `vlmq.integrity`), the
 generation config and the processor's files; beside them `vlmq_report.json`, what quantizing each layer
-gave. `model.save_pretrained`, `push_to_hub` and `from_pretrained` work as well; what the functions here
-add:
+gave. `model.save_pretrained`, `push_to_hub` and `from_pretrained` work as well; what the functions here and
+`vlmq.push` (`vlmq.hub`) add:
 
 - `save` writes whole folders or nothing (see `vlmq.staging`), with the processor and the reports.
 - `load` finds the class, and gives each layer its report back.
-- `push` uploads such a folder as one commit.
+- `push` uploads such a folder as one commit, with a model card.
 
 Format version 1 is: packed layout v1 (`vlmq.kernels.packing`), tensors `qweight`, `scales`, `zeros` per layer, the
 config block, the checksums. Version 2 adds the tensors of `vlmq.guard`, which stop a load without vlmq. A change of
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -35,6 +34,10 @@ from vlmq.report import LayerReport
 from vlmq.staging import check_space, staged
 
 REPORT_FILE = "vlmq_report.json"
+CARD_FILE = "README.md"
+CARD_MARK = (
+    "<!-- This card was written by vlmq and is replaced by it; take this line out to keep your own. -->"
+)
 INDEX_FILE = "model.safetensors.index.json"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
@@ -73,12 +76,12 @@ def save(
     check_target(target)
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
     check_space(target, sum(t.numel() * t.element_size() for t in tensors))
-    with staged(target, _is_replaced) as folder:
+    with staged(target, lambda name: _is_replaced(target / name)) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
         _save_report(model, folder)
-        _check_files(folder)
+        check_files(folder)
     return target
 
 
@@ -135,50 +138,6 @@ def load_report(path_or_id: str | os.PathLike[str], **hub: Any) -> dict[str, Lay
     return {report.name: report for report in reports}
 
 
-def push(
-    model: PreTrainedModel,
-    repo_id: str,
-    processor: Any = None,
-    private: bool = False,
-    *,
-    token: str | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload a model quantized with vlmq",
-    create_pr: bool = False,
-) -> str:
-    """Save a packed model to a temporary folder and upload it as one commit.
-
-    A short README is added if the repository has none.
-
-    Args:
-        model: quantized by vlmq.
-        repo_id: "<owner>/<name>"; made if it does not exist.
-        processor: saved along, as in `save`.
-        private: make a new repository private.
-        token: access token, by default the one that was stored by `hf auth login`.
-        revision: branch to commit to.
-        commit_message: title of the commit.
-        create_pr: open a pull request instead of committing.
-
-    Returns:
-        The URL of the commit.
-    """
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = save(model, Path(scratch) / "model", processor)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not api.file_exists(repo_id, "README.md", revision=revision):
-            (folder / "README.md").write_text(_readme(model, repo_id), encoding="utf-8")
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
-    return commit.commit_url
-
-
 def open_config(path_or_id: str | os.PathLike[str], **kwargs: Any) -> PreTrainedConfig:
     """Read the config of a model by folder or hub name.
 
@@ -231,8 +190,12 @@ def check_target(target: Path) -> None:
         )
 
 
-def _is_replaced(name: str) -> bool:
-    return ".safetensors" in name or name.startswith("pytorch_model") or name == REPORT_FILE
+def _is_replaced(path: Path) -> bool:
+    """Whether a file tells of the weights that go: they themselves, what was measured on them, a card made of that."""
+    name = path.name
+    if name == CARD_FILE:
+        return CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+    return ".safetensors" in name or name.startswith(("pytorch_model", "vlmq_"))
 
 
 def _save_report(model: PreTrainedModel, folder: Path) -> None:
@@ -242,8 +205,13 @@ def _save_report(model: PreTrainedModel, folder: Path) -> None:
         (folder / REPORT_FILE).write_text(text, encoding="utf-8")
 
 
-def _check_files(folder: Path) -> None:
-    """Read back the headers of what was written."""
+def check_files(folder: Path) -> None:
+    """Read the headers of all tensors.
+
+    Raises:
+        ValueError: a file is damaged.
+        RuntimeError: files are missing, or name other tensors than the index.
+    """
     where: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         where.update(dict.fromkeys(read_header(path), path.name))
@@ -264,28 +232,3 @@ def _model_class(config: PreTrainedConfig) -> Any:
         if any(str(reference).endswith(f".{name}") for name in names):
             return getattr(transformers, auto)
     raise ValueError(f"config.json names the model class {names}, which this transformers does not have")
-
-
-def _readme(model: PreTrainedModel, repo_id: str) -> str:
-    modules = model.config.quantization_config.modules
-    layers = "\n".join(f"- {scheme}: {len(names)} layers" for scheme, names in modules.items())
-    base = getattr(model.config, "_name_or_path", "")
-    origin = f"`{base}`, " if base and not Path(base).exists() else f"a {type(model).__name__}, "
-    return f"""---
-library_name: transformers
-tags: [vlmq, quantized]
----
-# {repo_id.split("/")[-1]}
-
-{origin}quantized with vlmq; the other layers are in full precision:
-
-{layers}
-
-No quality was measured for this card.
-
-```python
-import vlmq  # needed: transformers by itself refuses the checkpoint
-
-model = vlmq.load("{repo_id}")
-```
-"""

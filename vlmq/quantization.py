@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmq.attach import attach, earlier_quantizer
+from vlmq.attach import attach, earlier_quantizer, origin
 from vlmq.block_solving import quantize_block
 from vlmq.calib.batches import as_batches
 from vlmq.calib.block import Block
@@ -109,6 +109,8 @@ def quantize(
             "alpha": alpha,
             "seed": seed,
             "calibration": getattr(calib_data, "hash", None),
+            "calibration_set": getattr(calib_data, "description", None),
+            **origin(model),
         },
         embeddings=None if recipe.embedding is None else recipe.embedding.looked_up(),
     )
