@@ -46,7 +46,8 @@ def test_json_is_one_object(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "onnx", "--out", "there"), "--to 'onnx' is unknown; known: compressed-tensors"),
+        (("--to", "onnx", "--out", "there"), "export to 'onnx' is unknown; known: compressed-tensors"),
+        (("--to", "bitnet", "--out", "there"), "round every input to 8 bits"),
         (("--to", "compressed-tensors", "--out", "packed"), "is the model itself"),
         (("--to", "compressed-tensors", "--out", "there", "--convert", "int5"), "--convert: format 'int5'"),
     ],

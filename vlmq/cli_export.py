@@ -7,7 +7,7 @@ import typer
 from transformers.utils import cached_file
 
 from vlmq import checkpoint, terminal
-from vlmq.exports import TARGETS, export_model
+from vlmq.exports import TARGETS, check_export, export_model
 from vlmq.opening import open_processor
 from vlmq.scheme import parse_scheme
 
@@ -32,8 +32,7 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a packed model in the format of another engine: the same values, or a refusal."""
-    if to not in TARGETS:
-        raise ValueError(f"--to {to!r} is unknown; known: {' '.join(TARGETS)}")
+    check_export(to)
     if convert is not None:
         parse_scheme(convert, where="--convert")
     checkpoint.check_target(out)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from vlmq.checkpoint import check_target
 from vlmq.embedding import round_rows
-from vlmq.exports import compressed_tensors
+from vlmq.exports import compressed_tensors, gptq
 from vlmq.exports.grid import IntegerGrid, integer_grid
 from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
 from vlmq.formats import QuantizedWeight
@@ -84,9 +84,42 @@ def to_compressed_tensors(model: PreTrainedModel, weights: Weights) -> Content:
     return Content(tensors, block, dict(Counter(_name(grid) for grid in grids.values())), notes)
 
 
+def to_gptq(model: PreTrainedModel, weights: Weights) -> Content:
+    """See `vlmq.exports.gptq`."""
+    grids = gptq.align({n: gptq.gptq_grid(w) for n, w in weights.items()})
+    for name, grid in grids.items():
+        if grid.bits not in gptq.WIDTHS:
+            raise ValueError(f"gptq has widths {gptq.WIDTHS}, layer {name!r} needs {grid.bits} bits")
+    tensors = {f"{n}.{leaf}": t for n, g in grids.items() for leaf, t in gptq.write_layer(g).items()}
+    notes = []
+    if model.main_input_name != "input_ids":
+        notes.append("transformers refuses GPTQ models that take more than text; other readers do not")
+    block = gptq.config_block(grids, disk_names(model, kept_linears(model)))
+    return Content(tensors, block, dict(Counter(_name(grid) for grid in grids.values())), notes)
+
+
 TARGETS: dict[str, tuple[Target, Callable[[QuantizedWeight], Any]]] = {
     "compressed-tensors": (to_compressed_tensors, integer_grid),
+    "gptq": (to_gptq, gptq.gptq_grid),
 }
+
+
+NEVER = {
+    "bitnet": "transformers' bitnet layers round every input to 8 bits and know one scale per matrix, so no model "
+    "gives the same output there; compressed-tensors says ternary layers exactly",
+}
+
+
+def check_export(to: str) -> None:
+    """Check the name of a target.
+
+    Raises:
+        ValueError: it is unknown, or refused whatever the model is.
+    """
+    if to in NEVER:
+        raise ValueError(f"export to {to!r} is refused: {NEVER[to]}")
+    if to not in TARGETS:
+        raise ValueError(f"export to {to!r} is unknown; known: {' '.join(TARGETS)}")
 
 
 def export_model(
@@ -113,8 +146,7 @@ def export_model(
             that the target cannot say.
         OSError: no room, or another failure to write; the folder is then as it was before.
     """
-    if to not in TARGETS:
-        raise ValueError(f"export to {to!r} is unknown; known: {' '.join(TARGETS)}")
+    check_export(to)
     if not isinstance(getattr(model, "hf_quantizer", None), VlmqQuantizer):
         raise ValueError("the model holds no layer quantized by vlmq: call vlmq.quantize first")
     if processor is not None and not hasattr(processor, "save_pretrained"):
