@@ -122,6 +122,12 @@ def test_card_of_somebody_else_is_kept(hub, folder, caplog):
     assert hub.repos["me/tiny"].files[CARD_FILE] == (None, b"# written by hand\n")
 
 
+def test_advice_keeps_what_was_to_be_private_private(hub, folder):
+    hub.faults.append(Fault("POST", "repos/create", 500))
+    with pytest.raises(ConnectionError, match=f"vlmq push {folder} me/tiny --private$"):
+        vlmq.push(folder, "me/tiny", private=True)
+
+
 def test_pull_request_leaves_the_branch_alone(hub, folder):
     assert vlmq.push(folder, "me/tiny", create_pr=True).endswith("/me/tiny/discussions/1")
     assert hub.repos["me/tiny"].pull_requests == 1

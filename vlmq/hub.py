@@ -101,7 +101,8 @@ def push(
     if evaluation is not None:
         keep_evaluation(folder, evaluation, measured_on)
     write_card(folder, repo_id, base_model=base_model)
-    again = f"; nothing is lost, and what has arrived is not sent again: vlmq push {folder} {repo_id}"
+    command = f"vlmq push {folder} {repo_id}{' --private' if private else ''}"
+    again = f"; nothing is lost, and what has arrived is not sent again: {command}"
     with explained(repo_id, again):
         url = _upload(HfApi(token=token), folder, repo_id, private, revision, commit_message, create_pr)
     if isinstance(model, PreTrainedModel):
