@@ -59,7 +59,9 @@ def test_dry_run_lists_what_a_gpu_would_measure(monkeypatch, capsys, tmp_path):
     out = tmp_path / "k"
     code, text, _ = run(monkeypatch, capsys, "--kernels", "--device", "cuda", "--dry-run", "--out", str(out))
     assert code == 0
-    assert {"vlmq", "torch-bf16"} <= {line["kernel"] for line in json.loads(text)["measurements"]}
+    lines = json.loads(text)["measurements"]
+    assert {"vlmq", "torch-bf16"} <= {line["kernel"] for line in lines if "kernel" in line}
+    assert {"qwen2.5-vl-7b"} == {line["preset"] for line in lines if "preset" in line}
     assert not out.exists()
 
 
@@ -76,6 +78,7 @@ def test_bench_of_a_gpu_writes_table_and_roofline(monkeypatch, capsys, tmp_path)
     ceilings = {"copy_bytes_per_second": 4e12, "matmul_operations_per_second": 8e14}
     record = {"gpu": "none", "torch": "2", "ceilings": ceilings, "measurements": [line], "failed": [{}]}
     record["skipped_for_time"] = []
+    record["models"] = {"models": [], "failed": [], "skipped_for_time": [{}]}
     monkeypatch.setattr(cli_bench, "check_gpu", lambda: None)
     monkeypatch.setattr(cli_bench, "bench_gpu", lambda out, report: record)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -85,6 +88,7 @@ def test_bench_of_a_gpu_writes_table_and_roofline(monkeypatch, capsys, tmp_path)
     assert code == 0
     assert json.loads(text) == record
     assert "1 measurements: failed" in err
+    assert "1 measurements: skipped_for_time" in err
     assert "| vlmq | ternary-channel | 4096 to 4096 | 1 | 20.0 |" in (tmp_path / "kernels.md").read_text()
     assert (tmp_path / "roofline.png").stat().st_size > 1000
 
