@@ -1,4 +1,4 @@
-"""The packed kernels on one GPU, against the GPU's ceilings and against others: one JSON in under eight minutes.
+"""The packed kernels on one GPU, against the GPU's ceilings and against others: one JSON, nothing new after 450 s.
 
     python -m vlmq.eval.bench_gpu --out results.json
     python -m vlmq.eval.bench_gpu --dry-run         # the list of measurements and their bytes, without a GPU

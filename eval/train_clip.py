@@ -10,8 +10,8 @@ T the table of true pairs with its rows, T' with its columns scaled to sum 1.
 
     python -m vlmq.eval.train_clip --out my-clip
 
-needs the `easy-vqa` package and about 25 minutes on one idle core. `--minutes 3` stops after three minutes; the same
-command goes on from there, to the same result.
+needs the `easy-vqa` package; it took 56 minutes on a core that others used too.
+`--minutes 3` stops after three minutes; the same command goes on from there, to the same result.
 """
 
 import argparse

@@ -126,11 +126,11 @@ def _bench_kernels(device: str | None, threads: int | None, out: Path | None) ->
 
 
 def _bench_gpu(device: str, out: Path | None) -> tuple[Table, dict[str, Any]]:
-    """Time the kernels of a GPU, at most eight minutes; with a folder, write as it goes, and draw the roofline."""
+    """Time the kernels of a GPU and whole models; with a folder, write as it goes, and draw the roofline."""
     check_gpu()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    terminal.show_step("timing the GPU kernels, at most eight minutes")
+    terminal.show_step("timing the GPU kernels and whole models, about eight minutes at most")
     with torch.cuda.device(device):
         record = bench_gpu(None if out is None else out / "kernels.json", report=terminal.show_step)
     for missing in ("failed", "skipped_for_time"):

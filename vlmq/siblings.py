@@ -60,7 +60,7 @@ class SharedInput:
                 return result
         elif ready is not None:
             self._ready = None
-            if ready[1]:
+            if ready[1] and self._run:
                 self._followers[self._run[0]] = ()
         if follows and layer not in self._run:
             self._run.append(layer)
