@@ -164,7 +164,7 @@ def vlm_figures(arguments: argparse.Namespace) -> list[Line]:
     )
     data = vlmq.calib.load(messages, processor, n_samples=256, seed=arguments.seed, batch_size=16)
     packed = vlmq.quantize(copy.deepcopy(model), few, arguments.scheme, seed=arguments.seed)
-    found = {"quantized": packed}
+    found = {"original": model, "quantized": packed}
     seconds = {}
     for saliency in ("uniform", "loss_grad"):
         found[saliency] = copy.deepcopy(packed)
