@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "scheme": arguments.scheme,
         "seed": arguments.seed,
+        "n_calib": arguments.n_calib,
         "perplexity": round(ppl, 3),
         "true_bits_per_weight": round(size.bits_per_weight, 4),
         "bytes_on_disk": n_bytes,

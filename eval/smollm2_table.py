@@ -15,6 +15,7 @@ from typing import Any
 
 from vlmq.eval.report import Column, Table, as_markdown
 
+N_CALIB = 64
 DEFAULTS = {"alpha": 0.5, "saliency": "uniform", "solver": "gptq+cd"}
 
 COLUMNS = (
@@ -33,6 +34,8 @@ def settings_of(line: Mapping[str, Any]) -> str:
     """What of a line differs from the defaults, "" for the defaults."""
     given = {**line["settings"], "solver": "+".join(line["settings"]["solver"])}
     changed = [f"{key}={given[key]}" for key, value in DEFAULTS.items() if given[key] != value]
+    n_calib = line.get("n_calib", N_CALIB)
+    changed += [f"n_calib={n_calib}"] if n_calib != N_CALIB else []
     return ", ".join(changed + [f"{key}={json.dumps(value)}" for key, value in line["options"].items()])
 
 

@@ -5,7 +5,7 @@ import pytest
 from vlmq.eval.smollm2_table import settings_of, summarise
 
 
-def line(perplexity, seed=0, scheme="int2-g64", options=None, **settings):
+def line(perplexity, seed=0, scheme="int2-g64", options=None, n_calib=64, **settings):
     given = {"alpha": 0.5, "saliency": "uniform", "solver": ["gptq+cd"], "seed": seed} | settings
     return {
         "scheme": scheme,
@@ -15,6 +15,7 @@ def line(perplexity, seed=0, scheme="int2-g64", options=None, **settings):
         "bytes_on_disk": 88_000_000,
         "settings": given,
         "options": options or {},
+        "n_calib": n_calib,
         "cpu_seconds": 100.0,
     }
 
@@ -31,6 +32,7 @@ def test_seeds_are_averaged_and_settings_told_apart():
 
 def test_what_differs_from_the_defaults_is_named():
     assert settings_of(line(1.0)) == ""
+    assert settings_of(line(1.0, n_calib=16)) == "n_calib=16"
     changed = line(1.0, solver=["gptq"], saliency="loss_grad", options={"act_order": False})
     assert settings_of(changed) == "saliency=loss_grad, solver=gptq, act_order=false"
 
