@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmq.calib.settled import Settled, replayed
 from vlmq.calib.trees import load
 from vlmq.families import BlockSpec
+from vlmq.families.experts import UnfusedExperts
 
 
 @dataclass
@@ -59,8 +60,18 @@ class Block:
     settled: Settled = field(default_factory=Settled, repr=False)
 
     def linears(self) -> dict[str, nn.Linear]:
-        """The linear layers of the live block by their path in it; subclasses of nn.Linear are left out."""
-        return {name: m for name, m in self.module.named_modules() if type(m) is nn.Linear}
+        """The linear layers of the live block by their path in it.
+
+        Subclasses of nn.Linear are left out, and so are the layers of unfused experts: which tokens they see changes
+        while the block is worked on, see `experts`.
+        """
+        inside = tuple(f"{path}." for path in self.experts())
+        named = self.module.named_modules()
+        return {name: m for name, m in named if type(m) is nn.Linear and not name.startswith(inside)}
+
+    def experts(self) -> dict[str, UnfusedExperts]:
+        """The unfused experts of the live block by their path in it."""
+        return {name: m for name, m in self.module.named_modules() if isinstance(m, UnfusedExperts)}
 
     def run(self, call: BlockCall, *, original: bool = False) -> Any:
         """What the block, or its full-precision copy, returns; the stored arguments are not written to."""

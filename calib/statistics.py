@@ -91,6 +91,31 @@ def collect_statistics(
     return {name: statistics for group in groups for name, statistics in group.finish(block).items()}
 
 
+def sum_rows(
+    rows: Iterable[tuple[Tensor, Tensor, Tensor | None]], in_features: int, where: str
+) -> Statistics | None:
+    """Gather H and D of one layer from its inputs themselves.
+
+    Args:
+        rows: inputs on the quantized path (n_tokens, in_features), weights of the tokens (n_tokens,) >= 0, inputs
+            of the same tokens on the full-precision path, or None for no D.
+        in_features: inputs of the layer.
+        where: what they belong to, for the message.
+
+    Returns:
+        the statistics; None if no token has a weight above 0.
+
+    Raises:
+        RuntimeError: an input is not finite.
+    """
+    sums: _Sums | None = None
+    for u, s, f in rows:
+        if sums is None:
+            sums = _Sums([where], torch.zeros(in_features, in_features, device=u.device))
+        sums.add(u, s, f, where)
+    return sums.result() if sums is not None and sums.n_tokens else None
+
+
 def _by_weights(block: Block, names: list[str], weights: dict[str, list[Tensor] | None]) -> list["_Sums"]:
     """One group for each list of weights among layers of equal width."""
     groups: list[_Sums] = []
@@ -203,16 +228,20 @@ class _Sums:
             )
 
     def finish(self, block: Block) -> dict[str, Statistics]:
-        """Normalise the sums."""
+        """The statistics by name."""
         if self.n_tokens == 0:
             raise RuntimeError(
                 f"block {block.spec.name!r}: no calibration token reached {', '.join(self.names)}; add calibration "
                 "rows that use it, or keep it in full precision with an override of None"
             )
+        return dict.fromkeys(self.names, self.result())
+
+    def result(self) -> Statistics:
+        """The sums, normalised in place."""
         _mirror(self.H)
         self.H /= self.total
         D = self.D.div_(self.total) if self.D is not None and self.is_shift_known else None
-        return dict.fromkeys(self.names, Statistics(self.H, D, self.n_tokens, self.total**2 / self.squares))
+        return Statistics(self.H, D, self.n_tokens, self.total**2 / self.squares)
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from vlmq.eval.report import Column, Table
 from vlmq.eval.size import sparsity
+from vlmq.families.coverage import Share
 from vlmq.families.packed import scheme_name
 from vlmq.families.parts import part_of
 from vlmq.linear import QuantLinear, true_bits
@@ -23,6 +24,12 @@ ZEROS = Column("sparsity", "Zeros", ".1%")
 MEASURED = (Column("proxy_loss", "Proxy loss", ".2e"), Column("seconds", "Seconds", ".1f"))
 TOKENS = (Column("n_tokens", "Tokens", ","), Column("n_effective", "Effective tokens", ",.0f"))
 LEAST = Column("n_effective", "Effective tokens, least", ",.0f")
+SHARE_COLUMNS = (
+    Column("what", "Parameters"),
+    Column("n_layers", "Layers", ","),
+    Column("n_parameters", "Number", ","),
+    Column("share", "Share", ".1%"),
+)
 KERNEL_COLUMNS = (
     Column("kernel", "Kernel"),
     Column("n_layers", "Layers", ","),
@@ -46,6 +53,12 @@ def plan_table(plan: Plan) -> Table:
     """What a plan quantizes, by part and scheme."""
     rows = tuple(tuple(row[column.key] for column in PART_COLUMNS) for row in plan.rows())
     return Table("Plan", PART_COLUMNS, rows)
+
+
+def share_table(shares: list[Share]) -> Table:
+    """Which share of all parameters is quantized, and what the rest is."""
+    rows = tuple(tuple(getattr(share, column.key) for column in SHARE_COLUMNS) for share in shares)
+    return Table("Coverage", SHARE_COLUMNS, rows)
 
 
 def part_table(model: PreTrainedModel) -> Table:

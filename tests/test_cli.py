@@ -88,6 +88,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run, folder):
     assert code == 0
     assert "int2-g64" in out
     assert "true bits per weight" in out
+    assert "kept: embeddings, " in out
     assert not (folder / "planned").exists()
 
 
@@ -97,6 +98,7 @@ def test_dry_run_as_json(run):
     assert code == 0
     assert {row["scheme"] for row in plan["plan"]} == {"int4-g128", "int8-g128"}
     assert 0 < plan["coverage"] < 1
+    assert sum(row["share"] for row in plan["parameters"]) == pytest.approx(1)
 
 
 def test_quantize_packs_what_the_overrides_leave(run, packed, folder):
@@ -183,6 +185,7 @@ def test_inspect_shows_tables(run, packed):
     assert code == 0
     assert "Effective tokens, least" in out
     assert "language" in out
+    assert "norms, biases and other parameters" in out
     assert "4.750 true bits per weight" in out
 
 

@@ -15,9 +15,9 @@ LAYERS = (
     "kernels , families , linalg",
     "siblings",
     "linear | calib | solvers",
-    "quantization , block_solving , learning , run , planning , checkpoint , staging , integrity , hf , attach"
-    " , embedding , opening , progress , distillation , distill_data , distill_loop , distill_losses"
-    " , distill_settings , straight_through , imports , foreign",
+    "quantization , block_solving , expert_solving , learning , run , planning , overrides , checkpoint , staging"
+    " , integrity , hf , attach , embedding , opening , progress , distillation , distill_data , distill_loop"
+    " , distill_losses , distill_settings , straight_through , imports , foreign",
     "exports",
     "eval",
     "card , hub",

@@ -50,7 +50,7 @@ def _quantize_group(
         statistics = collect_statistics(block, names, given, with_shift=False, source=drift.inputs())
     for members in _same_problem(run, prefix, names, statistics):
         shift = None if drift is None else drift.result()
-        _solve_together(run, prefix, members, statistics[members[0]], shift)
+        solve_together(run, prefix, members, statistics[members[0]], shift)
 
 
 def _output_shift(run: Run, block: Block, name: str, weights: dict[str, list[Tensor]]) -> OutputShift | None:
@@ -72,10 +72,24 @@ def _same_problem(
     return list(groups.values())
 
 
-def _solve_together(
-    run: Run, prefix: str, names: list[str], statistics: Statistics, shift: Tensor | None
+def solve_together(
+    run: Run,
+    prefix: str,
+    names: list[str],
+    statistics: Statistics,
+    shift: Tensor | None = None,
+    notes: tuple[str, ...] = (),
 ) -> None:
-    """Solve layers of one input as one matrix, row under row, and replace them."""
+    """Solve layers of one input as one matrix, row under row, and replace them.
+
+    Args:
+        run: the call of `quantize`.
+        prefix: path of the block, with a dot at its end.
+        names: paths of the layers in the block; they have one scheme.
+        statistics: of their inputs.
+        shift: (out_features, in_features) float32, the drift of the stream; None takes the one of the inputs.
+        notes: what deviates from the plan, for the reports.
+    """
     started = time.perf_counter()
     layers = [
         m for m in map(run.model.get_submodule, (prefix + n for n in names)) if isinstance(m, nn.Linear)
@@ -102,7 +116,7 @@ def _solve_together(
     lost = proxy_loss(quantized.dequantize(), target, damped.hessian)
     scale = proxy_loss(torch.zeros_like(target), target, damped.hessian)
     seconds = (time.perf_counter() - started) / len(layers)
-    notes = (f"damp raised {damped.n_retries} times",) if damped.n_retries else ()
+    notes += (f"damp raised {damped.n_retries} times",) if damped.n_retries else ()
     rows = [layer.weight.shape[0] for layer in layers]
     for name, part, loss, total in zip(
         names, _split(quantized, rows), lost.split(rows), scale.split(rows), strict=True

@@ -16,7 +16,9 @@ from vlmq.cli_eval import eval_command
 from vlmq.cli_export import export_command
 from vlmq.cli_quantize import quantize_command, show_model
 from vlmq.eval.demo import run_demo
-from vlmq.eval.summary import kernel_table, layer_table, part_table
+from vlmq.eval.summary import kernel_table, layer_table, part_table, share_table
+from vlmq.families import describe
+from vlmq.families.coverage import shares_of_packed
 
 DEMO_FOLDER = Path("vlmq-demo")
 
@@ -47,7 +49,8 @@ def inspect_command(
     """Show what a packed model is made of: parts, true bits, kernels, how it was made."""
     with terminal.working("loading"):
         loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
-    tables = {"parts": part_table(loaded), "kernels": kernel_table(loaded)}
+    coverage = share_table(shares_of_packed(describe(loaded)))
+    tables = {"parts": part_table(loaded), "parameters": coverage, "kernels": kernel_table(loaded)}
     if layers:
         tables["layers"] = layer_table(loaded)
     show_model(loaded, Path(model), json, tables=tables)

@@ -18,11 +18,12 @@ from vlmq.eval.perplexity import token_windows
 from vlmq.eval.report import Table
 from vlmq.eval.round_trip import RoundTrip, check_round_trip
 from vlmq.eval.size import disk_bytes, model_size
-from vlmq.eval.summary import layer_table, part_table, plan_table
+from vlmq.eval.summary import layer_table, part_table, plan_table, share_table
 from vlmq.eval.vqa import VqaRow, load_rows
 from vlmq.opening import check_device, open_empty, open_model, open_processor
 from vlmq.options import parse_options
-from vlmq.planning import PRESETS, Plan, plan
+from vlmq.overrides import PRESETS
+from vlmq.planning import Plan, plan
 from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, check_alpha, quantize
 from vlmq.scheme import Scheme
 from vlmq.staging import check_space
@@ -237,7 +238,8 @@ def _show_plan(steps: Plan, json: bool) -> None:
         "warnings": steps.warnings(),
     }
     if json:
-        terminal.show({"plan": plan_table(steps), **figures}, json)
+        tables = {"plan": plan_table(steps), "parameters": share_table(steps.shares())}
+        terminal.show({**tables, **figures}, json)
     else:
         terminal.out.print(str(steps), highlight=False, markup=False)
 

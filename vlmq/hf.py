@@ -13,7 +13,7 @@ tensors under other names (LLaVA's `model.language_model.layers` is `language_mo
 and undoes that on load. This is the only file that touches transformers' quantizer classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vlmq.embedding import TABLE, dequantize_embeddings, place_empty, submodule
+from vlmq.families.experts import DOWN, UnfusedExperts, unfuse
 from vlmq.guard import guards, patterns
 from vlmq.integrity import (
     check_layer_tensor,
@@ -134,6 +135,7 @@ class VlmqQuantizer(HfQuantizer):
         schemes = self.quantization_config.schemes()
         embeddings = self.quantization_config.embeddings
         tables = {f"{name}.{TABLE}" for name in embeddings}
+        unfuse(model, schemes)
         linears = {name: submodule(model, name) for name in schemes if name not in tables}
         wrong = sorted(name for name, module in linears.items() if not isinstance(module, nn.Linear))
         if wrong:
@@ -158,7 +160,7 @@ class VlmqQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         place_empty(model, embeddings, schemes)
         known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = known | patterns(schemes)
+        model._keys_to_ignore_on_load_unexpected = known | patterns(*_guarded(model, schemes))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -189,7 +191,7 @@ class VlmqQuantizer(HfQuantizer):
         config.checksums = checksums(model, config.modules)
         config.format_version = FORMAT_VERSION
         model.config.quantization_config = config
-        tensors = model.state_dict() | guards(config.schemes())
+        tensors = model.state_dict() | guards(*_guarded(model, config.schemes()))
         return dict(sorted(tensors.items(), key=lambda item: dot_natural_key(item[0]))), {}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -207,7 +209,18 @@ class VlmqQuantizer(HfQuantizer):
             linear = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None, device="meta")
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, linear)
+        experts = {name: m for name, m in model.named_modules() if isinstance(m, UnfusedExperts)}
+        for name, module in experts.items():
+            model.set_submodule(name, module.fused())
         return model
+
+
+def _guarded(model: nn.Module, layers: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Layers that are modules of their own, and the fused parameters that the others stand for, as `guards` asks."""
+    experts = {name: m for name, m in model.named_modules() if isinstance(m, UnfusedExperts)}
+    inside = tuple(f"{name}." for name in experts)
+    fused = [f"{name}.{projection}" for name, m in experts.items() for projection in (m.up, DOWN)]
+    return [name for name in layers if not name.startswith(inside)], fused
 
 
 def register() -> None:

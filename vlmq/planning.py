@@ -11,30 +11,24 @@ layers of the blocks.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from vlmq.attach import earlier_quantizer
-from vlmq.calib.saliency_residual import attention_modules, attention_of
 from vlmq.embedding import Embedding, find_embedding
 from vlmq.families import Layout, describe
+from vlmq.families.coverage import Share, describe_kept, shares
 from vlmq.families.layout import ALREADY_QUANTIZED
-from vlmq.families.packed import is_packed
-from vlmq.families.parts import PARTS
 from vlmq.formats import n_groups
 from vlmq.kernels.packing import row_bytes
+from vlmq.overrides import check_experts, check_possible, match, read_overrides
 from vlmq.scheme import Scheme, parse_scheme
 from vlmq.solvers import default_solver
 from vlmq.solvers.recipe import check_format, complete, learned_options, split_options
 
 EMBEDDING = "embedding"
 EMBEDDING_SOLVER = "rtn"
-HALVES = ("attention", "ffn")
-PRESETS: dict[str, dict[str, str | Scheme | None]] = {"Q-ALL": {}, "Q-FFN": {"attention": None}}
-FIXED_REASONS = ("router", "multihead attention", "embedding-tied", "subclass of nn.Linear")
 
 
 @dataclass(frozen=True)
@@ -105,10 +99,16 @@ class Plan:
             share = experts / self.layout.n_parameters
             names = ", ".join(expert.name for expert in self.layout.experts[:3])
             lines.append(
-                f"{share:.1%} of all parameters are experts in 3-D tensors, which are NOT quantized: {names}"
+                f"{share:.1%} of all parameters are experts in 3-D tensors of a layout that is NOT quantized: {names}"
                 + (" ..." if len(self.layout.experts) > 3 else "")
             )
         return lines
+
+    def shares(self) -> list[Share]:
+        """All parameters of the model: quantized, kept and why, and what lies outside of linear layers."""
+        packed = self.embedding
+        tables = {} if packed is None else {packed.source(): self.n_weights[packed.source()]}
+        return shares(self.layout, self.schemes, self.kept, tables=tables)
 
     def __str__(self) -> str:
         """The plan as text: parts, what is kept and why, coverage, bits, size."""
@@ -117,7 +117,7 @@ class Plan:
             f"{row['true_bits_per_weight']:.3f} true bits"
             for row in self.rows()
         ]
-        lines += _count_reasons(self.kept)
+        lines += [f"kept: {line}" for line in describe_kept(self.shares())]
         lines += [f"warning: {text}" for text in self.warnings()]
         lines.append(
             f"covers {self.coverage:.1%} of all parameters at {self.true_bits_per_weight:.3f} true bits per weight; "
@@ -171,17 +171,18 @@ def plan(
     kept = {name: info.kept for name, info in layout.linears.items() if info.kept is not None}
     sources = dict.fromkeys(layout.linears, "scheme")
     for pattern, value in read_overrides(overrides).items():
-        matched = _match(pattern, layout, model)
+        matched = match(pattern, layout, model)
         where = f"override {pattern!r} (matches {len(matched)} layers)"
         given = None
         if value is not None:
             given = _with_solver(parse_scheme(value, where=where), solver, options, f"override {pattern!r}")
         for name in matched:
-            _check_possible(name, layout, given, where)
+            check_possible(name, layout, given, where)
             chosen[name], sources[name] = given, f"override {pattern!r}"
-            if not is_packed(model.get_submodule(name)):
+            if not (layout.linears[name].kept or "").startswith(ALREADY_QUANTIZED):
                 kept[name] = f"override {pattern!r}"
     schemes = {name: given for name, given in chosen.items() if given is not None}
+    check_experts(layout, schemes)
     if not schemes:
         raise ValueError(f"nothing is left to quantize; {'; '.join(_count_reasons(kept))}")
     kept = {name: reason for name, reason in kept.items() if name not in schemes}
@@ -189,11 +190,10 @@ def plan(
     for name, given in schemes.items():
         where = f" ({sources[name]} gives {given.name!r} to layer {name!r})"
         check_format(str(given.solver), given.format, where=where)
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        bits[name] = stored_bits(layer.out_features, layer.in_features, given)
-        n_weights[name] = layer.weight.numel()
-        n_bytes_dense += layer.weight.numel() * layer.weight.element_size()
+        info = layout.linears[name]
+        bits[name] = stored_bits(info.out_features, info.in_features, given)
+        n_weights[name] = info.n_parameters
+        n_bytes_dense += info.n_bytes
     found = None
     if embeddings is not None:
         found = find_embedding(model)
@@ -220,68 +220,3 @@ def _with_solver(
     completed = replace(scheme, solver=recipe, options=merged)
     learned_options(completed)
     return completed
-
-
-def read_overrides(
-    given: Mapping[str, str | Scheme | None] | str | None,
-) -> Mapping[str, str | Scheme | None]:
-    """Overrides by pattern; those of a preset by its name.
-
-    Raises:
-        ValueError: no preset of that name.
-    """
-    if not isinstance(given, str):
-        return given or {}
-    if given not in PRESETS:
-        raise ValueError(
-            f"overrides {given!r} is no preset; known: {' '.join(PRESETS)}, or give pattern -> scheme"
-        )
-    return PRESETS[given]
-
-
-def _half(pattern: str, layout: Layout, model: PreTrainedModel) -> list[str]:
-    """Layers of the blocks, but those kept by default, inside the modules that mix tokens or outside of them."""
-    matched = []
-    for spec in layout.blocks:
-        block = model.get_submodule(spec.name)
-        mixers = attention_modules(block)
-        for name, info in layout.linears.items():
-            if info.block == spec.name and (info.kept or ALREADY_QUANTIZED).startswith(ALREADY_QUANTIZED):
-                is_inside = attention_of(name.removeprefix(f"{spec.name}."), mixers) is not None
-                matched += [name] if is_inside == (pattern == "attention") else []
-    return matched
-
-
-def _match(pattern: str, layout: Layout, model: PreTrainedModel) -> list[str]:
-    """Layers of a part, of a half, or layers whose full name fits the pattern.
-
-    Raises:
-        ValueError: nothing matches.
-    """
-    if pattern in PARTS:
-        matched = [n for n, info in layout.linears.items() if info.part == pattern and info.block is not None]
-    elif pattern in HALVES:
-        matched = _half(pattern, layout, model)
-    else:
-        matched = [name for name in layout.linears if fnmatchcase(name, pattern)]
-    if not matched:
-        some = ", ".join(list(layout.linears)[:: max(1, len(layout.linears) // 4)][:4])
-        raise ValueError(
-            f"override {pattern!r} matches no linear layer; use a part ({' '.join(PARTS)}), a half "
-            f"({' '.join(HALVES)}) or a pattern over full names such as {some}"
-        )
-    return matched
-
-
-def _check_possible(name: str, layout: Layout, scheme: Scheme | None, where: str) -> None:
-    info = layout.linears[name]
-    if scheme is None:
-        return
-    if (info.kept or "").startswith(ALREADY_QUANTIZED):
-        raise ValueError(
-            f"{where}: layer {name!r} is {info.kept} and is not quantized again; start from the original model, or "
-            "leave such layers to the scheme, which keeps them as they are"
-        )
-    if info.block is None or (info.kept or "").startswith(FIXED_REASONS):
-        reason = info.kept or "outside the blocks"
-        raise ValueError(f"{where}: layer {name!r} cannot be quantized ({reason}); give it None")

@@ -9,7 +9,8 @@ path U:
 3. H = U S U^T and D = (F - U) S U^T are gathered, the target is T = W + alpha W D H^-1; for a layer whose output is
    added to the residual stream, the drift of the stream itself takes the place of W D (`vlmq.calib.drift`);
 4. the solver finds the codes, and the layer is replaced;
-5. where the recipe ends in `learned`, the grids of the block are learned on the error of its output
+5. fused experts follow, one by one, each with the tokens that the router sends to it (`vlmq.expert_solving`);
+6. where the recipe ends in `learned`, the grids of the block are learned on the error of its output
    (`vlmq.learning`).
 
 Layers that share inputs and token weights share H and are solved as one matrix, row under row.
@@ -34,6 +35,7 @@ from vlmq.calib.saliency import SALIENCIES, prepare, read_options
 from vlmq.calib.tokens import CalibBatch
 from vlmq.calib.walk import walk_blocks
 from vlmq.embedding import find_embedding, pack_embedding
+from vlmq.expert_solving import quantize_experts
 from vlmq.learning import check_learning, learn_block
 from vlmq.planning import EMBEDDING_SOLVER, plan
 from vlmq.progress import Progress, SilentProgress
@@ -158,10 +160,12 @@ def _walk_and_pack(
     embedding = run.plan.embedding
     is_done = False
     try:
+        run.unfuse()
         with torch.no_grad():
             for block in _walk(run, batches, device):
                 weights = weigh(block)
                 quantize_block(run, block, weights)
+                quantize_experts(run, block, weights)
                 learn_block(run, block, weights)
         run.pack()
         if embedding is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmq.families.experts import unfuse
 from vlmq.formats import QuantizedWeight
 from vlmq.linear import QuantLinear
 from vlmq.planning import Plan
@@ -14,7 +15,7 @@ from vlmq.report import LayerReport
 
 @dataclass
 class Run:
-    """One call of quantize: the layers taken out, and the packed ones that will take their place."""
+    """One call of quantize: what was taken out of the model, layers and fused experts, and the packed layers."""
 
     model: PreTrainedModel
     plan: Plan
@@ -23,6 +24,11 @@ class Run:
     progress: Progress
     originals: dict[str, nn.Linear] = field(default_factory=dict)
     packed: dict[str, QuantLinear] = field(default_factory=dict)
+    fused: dict[str, nn.Module] = field(default_factory=dict)
+
+    def unfuse(self) -> None:
+        """Take apart the experts that the plan quantizes."""
+        self.fused = unfuse(self.model, list(self.plan.in_blocks()))
 
     def blocks(self) -> set[str]:
         """Blocks that hold at least one layer of the plan."""
@@ -62,5 +68,5 @@ class Run:
 
     def restore(self) -> None:
         """Put the full-precision layers back."""
-        for name, layer in self.originals.items():
+        for name, layer in (*self.originals.items(), *self.fused.items()):
             self.model.set_submodule(name, layer)

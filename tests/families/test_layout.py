@@ -7,6 +7,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
@@ -14,6 +16,7 @@ from transformers import (
     T5Model,
 )
 
+import vlmq
 from vlmq.families import describe
 
 
@@ -34,11 +37,12 @@ def test_every_linear_is_quantized_or_kept_for_a_reason(family):
     model = tiny_models.build(family)
     layout = describe(model)
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert set(layout.linears) == names
+    assert {name for name, info in layout.linears.items() if info.experts is None} == names
     for info in layout.linears.values():
         if info.kept is None:
             assert info.block is not None
             assert info.name.startswith(f"{info.block}.")
+        if info.kept is None and info.experts is None:
             assert type(model.get_submodule(info.name)) is nn.Linear
 
 
@@ -52,7 +56,7 @@ def test_blocks_do_not_nest_and_lie_in_their_tower(family):
             assert any(block.name.startswith(f"{t.name}.") and t.part == block.part for t in layout.towers)
 
 
-def test_coverage_counts_all_parameters():
+def test_coverage_counts_all_parameters_and_those_of_experts():
     model = tiny_models.build("qwen3_vl_moe")
     layout = describe(model)
     covered = sum(
@@ -60,15 +64,38 @@ def test_coverage_counts_all_parameters():
         for name, module in model.named_modules()
         if type(module) is nn.Linear and (".blocks." in name or ".layers." in name)
     )
+    experts = 2 * (4 * 64 * 64 + 4 * 64 * 32)
     assert layout.n_parameters == sum(p.numel() for p in model.parameters())
-    assert layout.coverage == pytest.approx(covered / layout.n_parameters)
+    assert layout.coverage == pytest.approx((covered + experts) / layout.n_parameters)
+    assert not layout.experts
 
 
-def test_experts_are_named_with_their_size():
-    experts = describe(tiny_models.build("qwen3_vl_moe")).experts
-    assert {e.name.rpartition(".")[2] for e in experts} == {"gate_up_proj", "down_proj"}
-    assert sum(e.n_parameters for e in experts) == 2 * (4 * 64 * 64 + 4 * 64 * 32)
-    assert {e.part for e in experts} == {"language"}
+def test_fused_experts_are_listed_as_the_layers_that_they_are_taken_apart_into():
+    layout = describe(tiny_models.build("qwen3_vl_moe"))
+    found = [info for info in layout.linears.values() if info.experts is not None]
+    assert len(found) == 2 * 4 * 2
+    assert {info.part for info in found} == {"language"}
+    first = layout.linears["model.language_model.layers.1.mlp.experts.3.gate_up_proj"]
+    assert (first.in_features, first.out_features, first.n_bytes) == (64, 64, 4 * 64 * 64)
+    assert first.block == "model.language_model.layers.1"
+    last = layout.linears["model.language_model.layers.1.mlp.experts.3.down_proj"]
+    assert (last.in_features, last.out_features) == (32, 64)
+
+
+def test_experts_of_another_layout_are_named_with_their_size():
+    text = {
+        **tiny_models.TEXT,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 2,
+        "attn_temperature_tuning": False,
+    }
+    with torch.device("meta"):
+        model = Llama4ForCausalLM(Llama4TextConfig(**text))
+    layout = describe(model)
+    assert {e.name.rpartition(".")[2] for e in layout.experts} == {"gate_up_proj", "down_proj"}
+    assert sum(e.n_parameters for e in layout.experts) == 2 * 3 * 2 * 64 * 96
+    assert not any(info.experts for info in layout.linears.values())
+    assert "a layout that is NOT quantized" in str(vlmq.plan(model, "int4-g16"))
 
 
 def test_kept_layers_say_why():

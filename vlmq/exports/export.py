@@ -24,6 +24,7 @@ from vlmq.embedding import round_rows
 from vlmq.exports import compressed_tensors, gptq
 from vlmq.exports.grid import IntegerGrid, integer_grid
 from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
+from vlmq.families.experts import UnfusedExperts
 from vlmq.formats import QuantizedWeight
 from vlmq.hf import VlmqQuantizer
 from vlmq.scheme import Scheme, parse_scheme
@@ -153,6 +154,11 @@ def export_model(
         raise TypeError(f"expected a processor with save_pretrained, got {type(processor).__name__}")
     target = Path(path).resolve()
     check_target(target)
+    if apart := [name for name, module in model.named_modules() if isinstance(module, UnfusedExperts)]:
+        raise ValueError(
+            f"export to {to!r} is refused: {apart[0]!r} holds fused experts, which vlmq packs one by one and no reader "
+            f"of {to} knows by these names; quantize with an override of None to '*.experts.*' to export the rest"
+        )
     write, check = TARGETS[to]
     scheme = None if convert is None else parse_scheme(convert, where="convert")
     weights, error, n_converted = _weights(model, to, check, scheme)

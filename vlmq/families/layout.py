@@ -2,9 +2,10 @@
 
 A finder for all families, without code per family: the outermost lists of modules that hold linear layers are
 the stacks of blocks; names on the path sort them into vision, projector, language and text; what lies outside
-the stacks is named together with the reason why it stays as it is. Coverage is counted in parameters of the
-whole model, so that experts stored as three-dimensional parameters, which no linear layer covers, are seen. Layers
-that are packed already are found and counted as before, and kept.
+the stacks is named together with the reason why it stays as it is. Fused experts are listed as the linear layers that
+they are taken apart into (`vlmq.families.experts`). Coverage is counted in parameters of the whole model, so that
+experts of another layout, which no linear layer covers, are seen. Layers that are packed already are found and
+counted as before, and kept.
 """
 
 from collections.abc import Iterator
@@ -13,11 +14,19 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlmq.families.packed import count_parameters, is_packed, is_plain_or_packed, scheme_name
+from vlmq.families.experts import is_fused, layers_of
+from vlmq.families.outside import is_foreign_expert, outside_linears
+from vlmq.families.packed import (
+    count_parameters,
+    is_packed,
+    is_plain_or_packed,
+    scheme_name,
+    stored_bytes,
+)
 from vlmq.families.parts import AUDIO, is_projector_name, part_of
 
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 ALREADY_QUANTIZED = "already quantized"
+TIED = "embedding-tied"
 
 
 @dataclass(frozen=True)
@@ -37,19 +46,30 @@ class LinearInfo:
         part: "vision", "projector", "language", "text" or "audio".
         block: path of the block that holds it; None outside the blocks.
         kept: why it stays in full precision by default; None if it is quantized.
-        n_parameters: number of its weights, without the bias.
+        in_features: inputs.
+        out_features: outputs.
+        n_bytes: bytes of its weight, as it is stored now.
+        experts: path of the fused experts that it is a part of; None if it is a module of its own.
     """
 
     name: str
     part: str
     block: str | None
     kept: str | None
-    n_parameters: int
+    in_features: int
+    out_features: int
+    n_bytes: int
+    experts: str | None = None
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of its weights, without the bias."""
+        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
 class ExpertInfo:
-    """Experts in one parameter (n_experts, rows, columns), which cannot be quantized yet."""
+    """Experts in one parameter (n_experts, rows, columns) of a layout that cannot be quantized."""
 
     name: str
     part: str
@@ -65,7 +85,8 @@ class Layout:
         blocks: in the order of the model's modules; blocks do not nest.
         linears: every linear layer by its path.
         towers: outermost modules whose blocks all belong to one part; its blocks lie under its path.
-        experts: three-dimensional expert parameters.
+        experts: expert parameters that are not taken apart into linear layers.
+        others: number of parameters outside of linear layers, by kind (`vlmq.families.outside`).
         n_parameters: all parameters of the model, tied ones counted once, packed layers with their weights.
     """
 
@@ -73,6 +94,7 @@ class Layout:
     linears: dict[str, LinearInfo]
     towers: tuple[BlockSpec, ...]
     experts: tuple[ExpertInfo, ...]
+    others: dict[str, int]
     n_parameters: int
 
     @property
@@ -97,11 +119,13 @@ def describe(model: PreTrainedModel) -> Layout:
             f"{type(model).__name__}: found no list of blocks that hold torch.nn.Linear layers, so there is "
             "nothing to quantize; expected an nn.ModuleList of transformer blocks, such as 'model.layers'"
         )
+    experts = tuple(_find_experts(model))
     return Layout(
         blocks=blocks,
         linears={info.name: info for info in _find_linears(model, blocks)},
         towers=tuple(_find_towers(blocks)),
-        experts=tuple(_find_experts(model)),
+        experts=experts,
+        others=outside_linears(model, {expert.name for expert in experts}),
         n_parameters=count_parameters(model),
     )
 
@@ -167,18 +191,24 @@ def _find_towers(blocks: tuple[BlockSpec, ...]) -> Iterator[BlockSpec]:
 def _find_linears(model: PreTrainedModel, blocks: tuple[BlockSpec, ...]) -> Iterator[LinearInfo]:
     part_of_block = {block.name: block.part for block in blocks}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) and not is_packed(module):
+        if not isinstance(module, nn.Linear) and not is_packed(module) and not is_fused(module):
             continue
         block = next((b for b in _prefixes(name) if b in part_of_block), None)
         part = part_of_block[block] if block is not None else part_of(model, name, module)
         if is_packed(module):
-            kept, n_weights = (
-                f"{ALREADY_QUANTIZED} to {scheme_name(module)}",
-                module.in_features * module.out_features,
-            )
+            kept = f"{ALREADY_QUANTIZED} to {scheme_name(module)}"
+            sizes = module.in_features, module.out_features, stored_bytes(module)
+            yield LinearInfo(name, part, block, kept, *sizes)
+        elif isinstance(module, nn.Linear):
+            kept, weight = _kept(model, name, module, part, block), module.weight
+            sizes = module.in_features, module.out_features, weight.numel() * weight.element_size()
+            yield LinearInfo(name, part, block, kept, *sizes)
         else:
-            kept, n_weights = _kept(model, name, module, part, block), module.weight.numel()
-        yield LinearInfo(name, part, block, kept, n_weights)
+            kept = None if block is not None else "outside the blocks"
+            for layer in layers_of(module):
+                path = f"{name}.{layer.expert}.{layer.projection}"
+                sizes = layer.in_features, layer.out_features, layer.n_bytes
+                yield LinearInfo(path, part, block, kept, *sizes, experts=name)
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -198,7 +228,7 @@ def _kept(model: PreTrainedModel, name: str, module: nn.Linear, part: str, block
     if block is not None:
         return "projector (off by default)" if part == "projector" else None
     if any(module.weight is m.weight for m in model.modules() if isinstance(m, nn.Embedding)):
-        return "embedding-tied"
+        return TIED
     if module is model.get_output_embeddings() or name.rpartition(".")[2] == "lm_head":
         return "lm_head"
     if "patch" in name:
@@ -222,10 +252,8 @@ def _is_router(name: str, module: nn.Linear, parent: nn.Module) -> bool:
 
 def _find_experts(model: PreTrainedModel) -> Iterator[ExpertInfo]:
     for name, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS) or is_packed(module):
-            continue
         for key, parameter in module.named_parameters(recurse=False):
             path = f"{name}.{key}" if name else key
-            if parameter.ndim == 3 and "expert" in f"{path} {type(module).__name__}".lower():
+            if is_foreign_expert(module, path, parameter):
                 part = part_of(model, path.rpartition(".")[0], module)
                 yield ExpertInfo(path, part, tuple(parameter.shape), parameter.numel())

@@ -3,6 +3,7 @@
 Families lie below `vlmq.linear`: a packed layer is known by what it declares, a `format` of `vlmq.formats`.
 """
 
+from collections.abc import Iterator
 from typing import Protocol, TypeGuard
 
 from torch import nn
@@ -19,6 +20,10 @@ class PackedLinear(Protocol):
     format: Format
     group_size: int | None
 
+    def named_parameters(self, *, recurse: bool) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module has it."""
+        ...
+
 
 def is_packed(module: object) -> TypeGuard[PackedLinear]:
     """Whether a module is a packed linear layer."""
@@ -33,6 +38,12 @@ def is_plain_or_packed(module: nn.Module) -> bool:
 def scheme_name(layer: PackedLinear) -> str:
     """Short name of a packed layer's scheme."""
     return Scheme(layer.format, layer.group_size).name
+
+
+def stored_bytes(layer: PackedLinear) -> int:
+    """Bytes of a packed layer's tensors but the bias."""
+    own = layer.named_parameters(recurse=False)
+    return sum(p.numel() * p.element_size() for key, p in own if key != "bias")
 
 
 def count_parameters(model: nn.Module) -> int:
