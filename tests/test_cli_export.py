@@ -4,10 +4,12 @@ import json
 import sys
 
 import pytest
+from gguf_models import byte_level, packed_text, read_file
 from packed_models import packed
 
 import vlmq
 from vlmq import cli
+from vlmq.exports import gguf_file
 
 
 @pytest.fixture
@@ -43,9 +45,28 @@ def test_json_is_one_object(run):
     assert report["relative_error"] is None
 
 
+def test_gguf_takes_the_tokenizer_of_the_folder(run, tmp_path):
+    vlmq.save(packed_text("llama", ("int4-g64",)), tmp_path / "packed", byte_level())
+    code, out, _ = run("--to", "gguf", "--out", "there", "--convert", "Q4_1", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["layers"] == {"Q4_1, 5.0 bits": 14}
+    assert 0 < report["relative_error"] < 1e-3
+    assert read_file(tmp_path / "there" / "model.gguf")[2]["tokenizer.ggml.pre"] == "gpt-2"
+
+
+def test_gguf_without_its_package_is_refused_before_work(run, monkeypatch):
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    code, _, err = run("--to", "gguf", "--out", "there")
+    assert code == 2
+    assert "needs the package gguf: pip install gguf" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--to", "gguf", "--out", "there"), "a GGUF file holds the tokenizer"),
+        (("--to", "gguf", "--out", "there", "--convert", "Q3_1"), "--convert: format 'Q3_1'"),
         (("--to", "onnx", "--out", "there"), "export to 'onnx' is unknown; known: compressed-tensors"),
         (("--to", "bitnet", "--out", "there"), "round every input to 8 bits"),
         (("--to", "compressed-tensors", "--out", "packed"), "is the model itself"),

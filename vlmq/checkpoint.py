@@ -183,7 +183,8 @@ def check_target(target: Path) -> None:
         raise OSError(reason) from error
     config = target / "config.json"
     is_filled = target.is_dir() and any(target.iterdir())
-    if is_filled and not (config.is_file() and b'"model_type"' in config.read_bytes()):
+    is_model = config.is_file() and b'"model_type"' in config.read_bytes() or any(target.glob("*.gguf"))
+    if is_filled and not is_model:
         raise ValueError(
             f"cannot save to {target}: it holds files but no model (no config.json with a model_type); "
             "choose an empty or new folder"

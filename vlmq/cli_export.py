@@ -7,9 +7,8 @@ import typer
 from transformers.utils import cached_file
 
 from vlmq import checkpoint, terminal
-from vlmq.exports import TARGETS, check_export, export_model
+from vlmq.exports import TARGETS, check_convert, check_export, export_model
 from vlmq.opening import open_processor
-from vlmq.scheme import parse_scheme
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -22,8 +21,8 @@ def export_command(
         str | None,
         typer.Option(
             metavar="SCHEME",
-            help="Round layers that the format cannot say to this scheme, such as int4-sym-g128, and measure "
-            "the error; without it they are refused.",
+            help="Round layers that the format cannot say to this scheme, such as int4-sym-g128, or for gguf as "
+            "Q4_1, and measure the error; without it they are refused.",
         ),
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
@@ -34,7 +33,7 @@ def export_command(
     """Write a packed model in the format of another engine: the same values, or a refusal."""
     check_export(to)
     if convert is not None:
-        parse_scheme(convert, where="--convert")
+        check_convert(to, convert, where="--convert")
     checkpoint.check_target(out)
     if out.resolve() == Path(model).resolve():
         raise ValueError(

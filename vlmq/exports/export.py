@@ -2,33 +2,32 @@
 
 Lossless where the target can say the same values, otherwise refused, with the reason and the layer. With `convert`, a
 scheme such as "int4-sym-g128", layers that the target cannot say are first rounded to that scheme, to the nearest point
-of the grid of least squared error, and what this changed is measured: ||W' - W|| / ||W||, over all layers that were
-rounded.
+of the grid of least squared error, or as a rounding of the target's own says, and what this changed is measured:
+||W' - W|| / ||W||, over all layers that were rounded.
 
-What each target can say is in its own module. The folder is written whole or not at all (`vlmq.staging`).
+What each target can say is in `vlmq.exports.targets` and in a module of its own. The folder is written whole or not at
+all (`vlmq.staging`).
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmq.checkpoint import check_target
 from vlmq.embedding import round_rows
-from vlmq.exports import compressed_tensors, gptq
-from vlmq.exports.grid import IntegerGrid, integer_grid
-from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
+from vlmq.exports.targets import TARGETS
 from vlmq.families.experts import UnfusedExperts
 from vlmq.formats import QuantizedWeight
 from vlmq.hf import VlmqQuantizer
 from vlmq.scheme import Scheme, parse_scheme
 from vlmq.staging import check_space, staged
+
+Rounding = Callable[[QuantizedWeight], tuple[Any, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,61 +49,6 @@ class Export:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Content:
-    """What a target makes of a model: tensors of packed layers, the config block, how layers are stored, notes."""
-
-    tensors: dict[str, Tensor]
-    block: dict[str, Any]
-    layers: dict[str, int]
-    notes: list[str]
-
-
-Weights = dict[str, QuantizedWeight]
-Target = Callable[[PreTrainedModel, Weights], Content]
-
-
-def to_compressed_tensors(model: PreTrainedModel, weights: Weights) -> Content:
-    """See `vlmq.exports.compressed_tensors`."""
-    kept = kept_linears(model)
-    grids, notes = compressed_tensors.align({n: integer_grid(w) for n, w in weights.items()}, kept)
-    disk = disk_names(model, [*grids, *kept])
-    tensors = {
-        f"{n}.{leaf}": t for n, g in grids.items() for leaf, t in compressed_tensors.write_layer(g).items()
-    }
-    if any(grid.zeros is not None for grid in grids.values()):
-        notes.append(
-            "layers with zero points load in transformers with "
-            "quantization_config=CompressedTensorsConfig(dequantize=True) only"
-        )
-    if model.dtype == torch.bfloat16:
-        notes.append(
-            "scales are float16; a reader that computes in bfloat16 rounds them: load with dtype=float16"
-        )
-    block = compressed_tensors.config_block(grids, kept, disk)
-    return Content(tensors, block, dict(Counter(_name(grid) for grid in grids.values())), notes)
-
-
-def to_gptq(model: PreTrainedModel, weights: Weights) -> Content:
-    """See `vlmq.exports.gptq`."""
-    grids = gptq.align({n: gptq.gptq_grid(w) for n, w in weights.items()})
-    for name, grid in grids.items():
-        if grid.bits not in gptq.WIDTHS:
-            raise ValueError(f"gptq has widths {gptq.WIDTHS}, layer {name!r} needs {grid.bits} bits")
-    tensors = {f"{n}.{leaf}": t for n, g in grids.items() for leaf, t in gptq.write_layer(g).items()}
-    notes = []
-    if model.main_input_name != "input_ids":
-        notes.append("transformers refuses GPTQ models that take more than text; other readers do not")
-    block = gptq.config_block(grids, disk_names(model, kept_linears(model)))
-    return Content(tensors, block, dict(Counter(_name(grid) for grid in grids.values())), notes)
-
-
-TARGETS: dict[str, tuple[Target, Callable[[QuantizedWeight], Any]]] = {
-    "compressed-tensors": (to_compressed_tensors, integer_grid),
-    "gptq": (to_gptq, gptq.gptq_grid),
-}
-
-
 NEVER = {
     "bitnet": "transformers' bitnet layers round every input to 8 bits and know one scale per matrix, so no model "
     "gives the same output there; compressed-tensors says ternary layers exactly",
@@ -121,6 +65,7 @@ def check_export(to: str) -> None:
         raise ValueError(f"export to {to!r} is refused: {NEVER[to]}")
     if to not in TARGETS:
         raise ValueError(f"export to {to!r} is unknown; known: {' '.join(TARGETS)}")
+    TARGETS[to].check_package()
 
 
 def export_model(
@@ -138,13 +83,14 @@ def export_model(
         model: quantized by vlmq.
         to: a key of `TARGETS`.
         path: the folder; new, empty, or a model that is replaced.
-        processor: saved along.
-        convert: scheme to round those layers to that the target cannot say; None refuses them.
+        processor: saved along; gguf takes the tokenizer from it.
+        convert: scheme to round those layers to that the target cannot say, or one of the target's roundings; None
+            refuses them.
         max_shard_size: largest size of one safetensors file.
 
     Raises:
-        ValueError: an unknown target, a model that is not packed, a folder that holds something else, or a layer
-            that the target cannot say.
+        ValueError: an unknown target or a package that it needs, a model that is not packed, a folder that holds
+            something else, or a layer, model or tokenizer that the target cannot say.
         OSError: no room, or another failure to write; the folder is then as it was before.
     """
     check_export(to)
@@ -152,74 +98,81 @@ def export_model(
         raise ValueError("the model holds no layer quantized by vlmq: call vlmq.quantize first")
     if processor is not None and not hasattr(processor, "save_pretrained"):
         raise TypeError(f"expected a processor with save_pretrained, got {type(processor).__name__}")
-    target = Path(path).resolve()
-    check_target(target)
+    folder = Path(path).resolve()
+    check_target(folder)
     if apart := [name for name, module in model.named_modules() if isinstance(module, UnfusedExperts)]:
         raise ValueError(
             f"export to {to!r} is refused: {apart[0]!r} holds fused experts, which vlmq packs one by one and no reader "
             f"of {to} knows by these names; quantize with an override of None to '*.experts.*' to export the rest"
         )
-    write, check = TARGETS[to]
-    scheme = None if convert is None else parse_scheme(convert, where="convert")
-    weights, error, n_converted = _weights(model, to, check, scheme)
-    content = write(model, weights)
-    if scheme is not None and not n_converted:
-        content.notes.append(f"nothing was rounded to {scheme.name}: {to} can say every layer as it is")
-    kept = full_precision(model).values()
-    check_space(target, sum(t.numel() * t.element_size() for t in (*kept, *content.tensors.values())))
-    with staged(target, _is_replaced) as folder:
-        write_folder(
-            model,
-            folder,
-            content.tensors,
-            content.block,
-            processor=processor,
-            max_shard_size=max_shard_size,
-        )
-    return Export(target, content.layers, n_converted, error, tuple(content.notes))
+    target = TARGETS[to]
+    name = convert.name if isinstance(convert, Scheme) else convert
+    rounding = None if name is None else _rounding(to, name)
+    target.check(model, processor)
+    said, error, n_converted = _say(model, to, name, rounding)
+    content = target.fill(model, said, processor)
+    if name is not None and not n_converted:
+        content.notes.append(f"nothing was rounded to {name}: {to} can say every layer as it is")
+    check_space(folder, content.n_bytes)
+    with staged(folder, target.is_replaced) as new:
+        content.write(new, max_shard_size)
+    return Export(folder, content.layers, n_converted, error, tuple(content.notes))
 
 
-def _weights(
-    model: PreTrainedModel, to: str, check: Callable[[QuantizedWeight], Any], scheme: Scheme | None
-) -> tuple[Weights, float | None, int]:
-    """Weights that the target can say, what rounding changed, and the number of layers rounded."""
-    weights: Weights = {}
-    refused: dict[str, str] = {}
+def check_convert(to: str, convert: str, *, where: str = "convert") -> None:
+    """Check what layers are to be rounded to.
+
+    Raises:
+        ValueError: neither a scheme nor a rounding that the target has.
+    """
+    if convert not in TARGETS[to].roundings:
+        parse_scheme(convert, where=where)
+
+
+def _rounding(to: str, convert: str) -> Rounding:
+    """What rounds a layer; it raises ValueError where the target cannot say the result either."""
+    check_convert(to, convert)
+    target = TARGETS[to]
+    if convert in target.roundings:
+        return target.roundings[convert]
+    scheme = parse_scheme(convert)
+
+    def round_anew(weight: QuantizedWeight) -> tuple[Any, Tensor]:
+        rounded = round_rows(weight.dequantize(), scheme)
+        return target.say(rounded), rounded.dequantize()
+
+    return round_anew
+
+
+def _say(
+    model: PreTrainedModel, to: str, convert: str | None, rounding: Rounding | None
+) -> tuple[dict[str, Any], float | None, int]:
+    """All layers in the target's words, what rounding changed, and the number of layers rounded."""
+    target = TARGETS[to]
+    said: dict[str, Any] = {}
+    n_converted = 0
     changed = total = 0.0
-    for name, layer in packed_layers(model).items():
+    for name, layer in target.layers(model).items():
         weight = layer.quantized_weight()
-        reason = _why_not(weight, check)
-        if reason is not None and scheme is not None:
-            before = weight.dequantize()
-            weight = round_rows(before, scheme)
-            if (again := _why_not(weight, check)) is not None:
-                raise ValueError(f"{to} cannot say {scheme.name} of convert either (layer {name!r}: {again})")
-            changed += float((weight.dequantize() - before).square().sum())
-            total += float(before.square().sum())
-            refused[name] = reason
-        elif reason is not None:
+        try:
+            said[name] = target.say(weight)
+            continue
+        except ValueError as error:
+            reason = error
+        if rounding is None:
+            hint = "".join(f"; {other} is one way to convert" for other in target.roundings)
             raise ValueError(
                 f"{to} cannot say layer {name!r}, {Scheme(weight.format, weight.group_size).name}: {reason}; quantize "
-                "to a symmetric scheme such as int4-sym-g128, or convert to one (with a measured loss)"
-            )
-        weights[name] = weight
-    error = (changed / total) ** 0.5 if total else None
-    return weights, error, len(refused)
-
-
-def _why_not(weight: QuantizedWeight, check: Callable[[QuantizedWeight], Any]) -> str | None:
-    try:
-        check(weight)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _name(grid: IntegerGrid) -> str:
-    size = "channel" if grid.group_size is None else f"group {grid.group_size}"
-    return f"{grid.bits} bit, {size}{'' if grid.zeros is None else ', zero points'}"
-
-
-def _is_replaced(name: str) -> bool:
-    """Of a model that is replaced, all but its card and the like."""
-    return ".safetensors" in name or name.endswith((".json", ".gguf", ".bin"))
+                f"to a symmetric scheme such as int4-sym-g128, or convert to one (with a measured loss){hint}"
+            ) from reason
+        try:
+            said[name], after = rounding(weight)
+        except ValueError as again:
+            raise ValueError(
+                f"{to} cannot say {convert} of convert either (layer {name!r}: {again})"
+            ) from again
+        before = weight.dequantize()
+        changed += float((after - before).square().sum())
+        total += float(before.square().sum())
+        n_converted += 1
+    return said, (changed / total) ** 0.5 if total else None, n_converted

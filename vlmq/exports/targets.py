@@ -1,0 +1,180 @@
+"""The formats that a packed model is exported to: what each can say of a layer, and what it makes of a model.
+
+What a target says of a layer is its own record (`IntegerGrid`, `Blocks`), and saying it raises ValueError with the
+reason where it cannot. A target that has roundings of its own beside schemes names them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmq.exports import compressed_tensors, gguf_file, gptq
+from vlmq.exports.gguf_blocks import COMMON, SMALLEST, Blocks, to_blocks, with_offsets
+from vlmq.exports.gguf_layout import text_part
+from vlmq.exports.gguf_vocabulary import vocabulary
+from vlmq.exports.grid import IntegerGrid, integer_grid
+from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
+from vlmq.formats import QuantizedWeight
+from vlmq.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a target makes of a model.
+
+    Attributes:
+        write: into an empty folder, with the largest size of one safetensors file.
+        n_bytes: what that takes.
+        layers: {how a layer is stored: number of layers}.
+        notes: what a reader must know.
+    """
+
+    write: Callable[[Path, int | str], None]
+    n_bytes: int
+    layers: dict[str, int]
+    notes: list[str]
+
+
+def _always(model: PreTrainedModel, processor: Any) -> None:
+    """Nothing about the model or its processor stands against the target."""
+
+
+def _no_package() -> None:
+    """The target needs no package."""
+
+
+def _is_model_file(name: str) -> bool:
+    """Of a model that is replaced, all but its card and the like."""
+    return ".safetensors" in name or name.endswith((".json", ".gguf", ".bin"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One format.
+
+    Attributes:
+        say: a layer in the format; raises ValueError with the reason if it cannot.
+        fill: the model, {layer: what `say` returned} and the processor.
+        layers: the packed layers that go into it, by their path.
+        check: raises ValueError if the model or its processor cannot be written, before any work.
+        check_package: raises ValueError if a package is missing.
+        roundings: {name for `convert`: a layer in the format, and the weights that this leaves}.
+        is_replaced: whether a file of the folder goes with the model that is replaced.
+    """
+
+    say: Callable[[QuantizedWeight], Any]
+    fill: Callable[[PreTrainedModel, dict[str, Any], Any], Content]
+    layers: Callable[[PreTrainedModel], dict[str, QuantLinear]] = packed_layers
+    check: Callable[[PreTrainedModel, Any], object] = _always
+    check_package: Callable[[], None] = _no_package
+    roundings: Mapping[str, Callable[[QuantizedWeight], tuple[Any, Tensor]]] = field(default_factory=dict)
+    is_replaced: Callable[[str], bool] = _is_model_file
+
+
+def to_compressed_tensors(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: Any) -> Content:
+    """See `vlmq.exports.compressed_tensors`."""
+    kept = kept_linears(model)
+    grids, notes = compressed_tensors.align(said, kept)
+    disk = disk_names(model, [*grids, *kept])
+    tensors = {
+        f"{n}.{leaf}": t for n, g in grids.items() for leaf, t in compressed_tensors.write_layer(g).items()
+    }
+    if any(grid.zeros is not None for grid in grids.values()):
+        notes.append(
+            "layers with zero points load in transformers with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True) only"
+        )
+    if model.dtype == torch.bfloat16:
+        notes.append(
+            "scales are float16; a reader that computes in bfloat16 rounds them: load with dtype=float16"
+        )
+    block = compressed_tensors.config_block(grids, kept, disk)
+    return _folder(model, tensors, block, grids, notes, processor)
+
+
+def to_gptq(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: Any) -> Content:
+    """See `vlmq.exports.gptq`."""
+    grids = gptq.align(said)
+    for name, grid in grids.items():
+        if grid.bits not in gptq.WIDTHS:
+            raise ValueError(f"gptq has widths {gptq.WIDTHS}, layer {name!r} needs {grid.bits} bits")
+    tensors = {f"{n}.{leaf}": t for n, g in grids.items() for leaf, t in gptq.write_layer(g).items()}
+    notes = []
+    if model.main_input_name != "input_ids":
+        notes.append("transformers refuses GPTQ models that take more than text; other readers do not")
+    block = gptq.config_block(grids, disk_names(model, kept_linears(model)))
+    return _folder(model, tensors, block, grids, notes, processor)
+
+
+def to_gguf(
+    types: tuple[str, ...], model: PreTrainedModel, said: dict[str, Blocks], processor: Any
+) -> Content:
+    """See `vlmq.exports.gguf_file`; a packed embedding or head takes the first of `types` that can say it."""
+    part = text_part(model)
+    words = vocabulary(processor, gguf_file.n_rows(part))
+    tensors = gguf_file.collect(part, said, types)
+
+    def write(folder: Path, max_shard_size: int | str) -> None:
+        gguf_file.write_file(folder / gguf_file.FILE, part, tensors, words)
+
+    notes = gguf_file.notes_on(model, said, words)
+    return Content(write, gguf_file.n_bytes(tensors), gguf_file.kinds(said), notes)
+
+
+def check_gguf(model: PreTrainedModel, processor: Any) -> None:
+    """That llama.cpp knows the text part and the tokenizer.
+
+    Raises:
+        ValueError: it does not; the message says why.
+    """
+    vocabulary(processor, gguf_file.n_rows(text_part(model)))
+
+
+def _gguf(types: tuple[str, ...]) -> Target:
+    return Target(
+        say=lambda weight: to_blocks(weight, types),
+        fill=partial(to_gguf, types),
+        layers=gguf_file.packed_in_text,
+        check=check_gguf,
+        check_package=gguf_file.check_package,
+        roundings={"Q4_1": with_offsets},
+        is_replaced=lambda name: name == gguf_file.FILE,
+    )
+
+
+def _folder(
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    block: dict[str, Any],
+    grids: Mapping[str, IntegerGrid],
+    notes: list[str],
+    processor: Any,
+) -> Content:
+    """A folder of transformers with other tensors for the packed layers and another config."""
+
+    def write(folder: Path, max_shard_size: int | str) -> None:
+        write_folder(model, folder, tensors, block, processor=processor, max_shard_size=max_shard_size)
+
+    kept = full_precision(model).values()
+    n_bytes = sum(t.numel() * t.element_size() for t in (*kept, *tensors.values()))
+    return Content(write, n_bytes, dict(Counter(_name(grid) for grid in grids.values())), notes)
+
+
+def _name(grid: IntegerGrid) -> str:
+    size = "channel" if grid.group_size is None else f"group {grid.group_size}"
+    return f"{grid.bits} bit, {size}{'' if grid.zeros is None else ', zero points'}"
+
+
+TARGETS: dict[str, Target] = {
+    "compressed-tensors": Target(integer_grid, to_compressed_tensors),
+    "gptq": Target(gptq.gptq_grid, to_gptq),
+    "gguf": _gguf(COMMON),
+    "gguf-small": _gguf(SMALLEST),
+}
