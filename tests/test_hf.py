@@ -229,6 +229,14 @@ def test_dequantize_gives_a_plain_model(llama, tmp_path):
     )
 
 
+def test_dequantize_after_a_save(tmp_path):
+    """A save by transformers leaves the dtype as a word in the config of the model in memory."""
+    model = packed("llama")
+    model.save_pretrained(tmp_path)
+    assert model.dequantize().get_input_embeddings().weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

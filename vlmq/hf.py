@@ -199,13 +199,15 @@ class VlmqQuantizer(HfQuantizer):
         self._dtype = str(dtype)
         return dtype
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dequantize_embeddings(model, self.quantization_config.embeddings, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers gives the config's, which its own save turns into a word.
+        wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dequantize_embeddings(model, self.quantization_config.embeddings, wanted)
         for name in self.quantization_config.schemes():
             layer: Any = submodule(model, name)
             if layer is None:  # the table of an embedding
                 continue
-            weight = layer.dequantize(dtype or model.dtype)
+            weight = layer.dequantize(wanted or model.dtype)
             linear = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None, device="meta")
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, linear)
