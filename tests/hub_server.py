@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
 import yaml
 
 WRITE, READ = "hf_mayWriteHere", "hf_mayOnlyRead"
@@ -95,6 +97,21 @@ class Hub(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no news."""
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Hub:
+    """A fresh hub that the client in this process talks to as a user with write access; waits are left out."""
+    hub, constants = Hub(), huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    return hub
 
 
 class Refused(Exception):  # noqa: N818

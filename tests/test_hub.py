@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import READ, WRITE, Fault, Hub
+from hub_server import READ, WRITE, Fault, connect
 from packed_models import packed, run_here
 from tiny_processors import build as build_processor
 
@@ -29,18 +29,7 @@ MEASURED = Table("Evaluation", COLUMNS, (("original", 20.0), ("model", 21.5)))
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A fresh hub that the client in this process talks to as a user with write access; waits are left out."""
-    hub = Hub()
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("HF_TOKEN", WRITE)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub = connect(monkeypatch, tmp_path)
     yield hub
     hub.shutdown()
     hub.server_close()

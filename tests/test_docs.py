@@ -1,0 +1,128 @@
+"""Every fenced block of the tutorials runs and prints what the page shows; and a block can fail."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import connect
+from markdown_pages import CommandError, apply_diff, check_output, fenced_blocks, run_page
+from packed_models import run_here
+
+from vlmq.eval import round_trip
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+HUB, CLONE, EXPORT = "push_to_a_hub", "add_a_solver", "export_to_vllm"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = connect(monkeypatch, tmp_path)
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    """The round trip without a process of its own, which test_card starts, and the number of threads put back."""
+    n_threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_trip, "_run_fresh", run_here)
+        yield
+    torch.set_num_threads(n_threads)
+
+
+def clone(folder):
+    """A tree whose solvers can be changed; all else is linked."""
+    (folder / "vlmq").mkdir()
+    for path in [*(ROOT / "vlmq").iterdir(), *(ROOT / name for name in ("calib", "kernels", "eval"))]:
+        (folder / "vlmq" / path.name).symlink_to(path)
+    (folder / "vlmq" / "solvers").unlink()
+    shutil.copytree(ROOT / "vlmq" / "solvers", folder / "vlmq" / "solvers")
+    for name in ("tests", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def run_python(line):
+    """Run pytest, or a script, in a process that sees the tree in the current folder."""
+    program, *arguments = line.split()
+    start = {"pytest": ["-m", "pytest", "-p", "no:cacheprovider"], "python": []}[program]
+    done = subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise CommandError(done.stdout + done.stderr)
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_page_runs(page, tmp_path, monkeypatch, request):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("PYTHONPATH", str(work))
+    if page.stem == HUB:
+        request.getfixturevalue("hub")
+    if page.stem == EXPORT:
+        pytest.importorskip("compressed_tensors")
+    if page.stem == CLONE:
+        clone(work)
+    run_page(page, run_python if page.stem == CLONE else None)
+
+
+def test_every_special_page_is_there():
+    assert {HUB, CLONE, EXPORT} <= {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "the page shows\n2"),
+        ("```python\nx = 1\n```\n\n```python\nraise ValueError(x)\n```\n", "page.md:6: ValueError: 1"),
+        ("```python\nx = 1\n```\n\n```text\nValueError: 1\n```\n", "the block prints"),
+        ("```sh\nvlmq bench preset:none\n```\n", "page.md:2: error: preset 'none' is unknown"),
+        ("```sh\nvlmq inspect --help\n```\n\n```text\nUsage\n```\n", "the page shows"),
+    ],
+)
+def test_block_can_fail(text, message, tmp_path):
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(AssertionError, match=message):
+        run_page(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```json\n1\n```\n", "unknown block 'json'"),
+        ("```python skip\n1\n```\n", "unknown block 'python skip'"),
+        ("words\n\n```text\n1\n```\n", "output of no block"),
+        ("```python\n1\n", "not closed"),
+    ],
+)
+def test_block_that_would_not_run_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        fenced_blocks(text)
+
+
+def test_diff_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one\ntwo\n")
+    diff = "--- a/a.txt\n+++ b/a.txt\n@@ -1,2 +1,3 @@\n one\n+and\n two\n"
+    apply_diff(diff)
+    assert Path("a.txt").read_text() == "one\nand\ntwo\n"
+    with pytest.raises(ValueError, match=r"a.txt does not hold once"):
+        apply_diff(diff)
+
+
+def test_error_that_is_shown_is_compared(tmp_path):
+    (tmp_path / "page.md").write_text("```python\nint('x')\n```\n\n```text\nValueError: ... 'x'\n```\n")
+    run_page(tmp_path / "page.md")
+
+
+def test_numbers_may_differ_a_little():
+    check_output("loss 0.100 of 3 ...", "loss 0.104\nof 3 layers", "here")
+    for printed in ("loss 0.110 of 3 layers", "loss 0.100 of 4 layers", "loss 0.100"):
+        with pytest.raises(AssertionError):
+            check_output("loss 0.100 of 3 ...", printed, "here")
