@@ -6,7 +6,7 @@ from torch import nn
 
 import vlmq
 from vlmq.families import describe
-from vlmq.families.coverage import QUANTIZED, shares_of_packed
+from vlmq.families.coverage import NOT_PACKED, QUANTIZED, shares_of_packed
 
 
 def by_what(found):
@@ -29,6 +29,14 @@ def test_a_packed_model_has_the_shares_that_its_plan_had(family):
     before = vlmq.plan(model, "int4-g16").shares()
     vlmq.quantize(model, tiny_models.inputs(family, 1), "int4-g16", solver="rtn")
     assert by_what(shares_of_packed(describe(model))) == by_what(before)
+
+
+def test_layers_left_by_an_override_are_named_so():
+    model = tiny_models.build("llava")
+    plan = vlmq.plan(model, "int4-g16")
+    n_vision = sum(plan.part_of(name) == "vision" for name in plan.schemes)
+    vlmq.quantize(model, tiny_models.inputs("llava", 1), "int4-g16", solver="rtn", overrides={"vision": None})
+    assert by_what(shares_of_packed(describe(model)))[NOT_PACKED][0] == n_vision
 
 
 def test_the_kinds_are_told_apart():

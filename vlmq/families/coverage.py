@@ -7,6 +7,7 @@ from vlmq.families.layout import ALREADY_QUANTIZED, TIED, Layout
 from vlmq.families.outside import EMBEDDINGS
 
 QUANTIZED = "quantized"
+NOT_PACKED = "not packed"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def shares(
 
 def shares_of_packed(layout: Layout) -> list[Share]:
     """The same for a model that is packed."""
-    kept = {name: str(info.kept) for name, info in layout.linears.items()}
+    kept = {name: info.kept or NOT_PACKED for name, info in layout.linears.items()}
     packed = [name for name, reason in kept.items() if reason.startswith(ALREADY_QUANTIZED)]
     return shares(layout, packed, kept)
 
