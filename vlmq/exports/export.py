@@ -51,7 +51,7 @@ class Export:
 
 NEVER = {
     "bitnet": "transformers' bitnet layers round every input to 8 bits and know one scale per matrix, so no model "
-    "gives the same output there; compressed-tensors says ternary layers exactly",
+    "gives the same output there; compressed-tensors and gemma say ternary layers exactly",
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmq.exports import compressed_tensors, gguf_file, gptq
+from vlmq.exports import compressed_tensors, gemma, gguf_file, gptq
 from vlmq.exports.gguf_blocks import COMMON, SMALLEST, Blocks, to_blocks, with_offsets
 from vlmq.exports.gguf_layout import text_part
 from vlmq.exports.gguf_vocabulary import vocabulary
@@ -23,6 +23,8 @@ from vlmq.exports.grid import IntegerGrid, integer_grid
 from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
 from vlmq.formats import QuantizedWeight
 from vlmq.linear import QuantLinear
+
+BFLOAT16 = "scales are float16; a reader that computes in bfloat16 rounds them: load with dtype=float16"
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,7 @@ def to_compressed_tensors(model: PreTrainedModel, said: dict[str, IntegerGrid], 
             "quantization_config=CompressedTensorsConfig(dequantize=True) only"
         )
     if model.dtype == torch.bfloat16:
-        notes.append(
-            "scales are float16; a reader that computes in bfloat16 rounds them: load with dtype=float16"
-        )
+        notes.append(BFLOAT16)
     block = compressed_tensors.config_block(grids, kept, disk)
     return _folder(model, tensors, block, grids, notes, processor)
 
@@ -111,6 +111,15 @@ def to_gptq(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: Any
         notes.append("transformers refuses GPTQ models that take more than text; other readers do not")
     block = gptq.config_block(grids, disk_names(model, kept_linears(model)))
     return _folder(model, tensors, block, grids, notes, processor)
+
+
+def to_gemma(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: Any) -> Content:
+    """See `vlmq.exports.gemma`."""
+    tensors = {f"{n}.{leaf}": t for n, g in said.items() for leaf, t in gemma.write_layer(g).items()}
+    notes = ["transformers 5.23 loads this format and cannot save it again"]
+    if model.dtype == torch.bfloat16:
+        notes.append(BFLOAT16)
+    return _folder(model, tensors, gemma.config_block(said, kept_linears(model)), said, notes, processor)
 
 
 def to_gguf(
@@ -175,6 +184,7 @@ def _name(grid: IntegerGrid) -> str:
 TARGETS: dict[str, Target] = {
     "compressed-tensors": Target(integer_grid, to_compressed_tensors),
     "gptq": Target(gptq.gptq_grid, to_gptq),
+    "gemma": Target(gemma.channel_grid, to_gemma),
     "gguf": _gguf(COMMON),
     "gguf-small": _gguf(SMALLEST),
 }
