@@ -201,8 +201,9 @@ def _find_linears(model: PreTrainedModel, blocks: tuple[BlockSpec, ...]) -> Iter
             yield LinearInfo(name, part, block, kept, *sizes)
         elif isinstance(module, nn.Linear):
             kept, weight = _kept(model, name, module, part, block), module.weight
-            sizes = module.in_features, module.out_features, weight.numel() * weight.element_size()
-            yield LinearInfo(name, part, block, kept, *sizes)
+            out_features, in_features = weight.shape
+            n_bytes = weight.numel() * weight.element_size()
+            yield LinearInfo(name, part, block, kept, in_features, out_features, n_bytes)
         else:
             kept = None if block is not None else "outside the blocks"
             for layer in layers_of(module):

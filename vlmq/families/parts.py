@@ -1,7 +1,8 @@
 """Words of a module's path that tell which part of a model it belongs to.
 
 A family is data here, never a copy of its forward: the words cover the families of transformers, and the last
-word of a path that says something decides (`model.encoder.vision_tower.encoder.layers` is vision).
+word of a path that says something decides (`model.encoder.vision_tower.encoder.layers` is vision). `EXCEPTIONS` names
+the paths that they do not say.
 """
 
 import re
@@ -22,6 +23,12 @@ _WORDS = {
     **dict.fromkeys(("text", "language", "llm", "lm", "decoder"), "language"),
     **dict.fromkeys(("audio", "speech", "sound"), AUDIO),
 }
+# Where no word says it, or a wrong one: class of the model -> path in it -> part of all below.
+EXCEPTIONS: dict[str, dict[str, str]] = {
+    "Blip2ForImageTextRetrieval": {"qformer": "text"},
+    "Emu3ForConditionalGeneration": {"model.vqmodel": "vision"},
+    "Emu3Model": {"vqmodel": "vision"},
+}
 _CLASS = re.compile(r"Vision|Visual|ViT|Image")
 _DECODER_CLASS = re.compile(r"Decoder|CausalLM|ConditionalGeneration")
 
@@ -36,6 +43,9 @@ def part_of(model: PreTrainedModel, name: str, module: nn.Module) -> str:
 
     "text" is the text encoder of a dual encoder; a text stack that predicts tokens is "language".
     """
+    for path, part in EXCEPTIONS.get(type(model).__name__, {}).items():
+        if f"{name}.".startswith(f"{path}."):
+            return part
     components = name.split(".")
     if any(is_projector_name(component) for component in components):
         return "projector"
