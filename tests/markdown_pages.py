@@ -14,6 +14,7 @@ Anything else is an error, so no block stands there unread. An error that no `te
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -76,7 +77,7 @@ def run_page(path: Path, command: Run | None = None) -> None:
     """
     blocks = fenced_blocks(path.read_text())
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, after in itertools.pairwise([*blocks, None]):
         where = f"{path}:{block.line}"
         if block.title is not None:
             Path(block.title).write_text(block.code)

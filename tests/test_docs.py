@@ -14,7 +14,7 @@ from packed_models import run_here
 from vlmq.eval import round_trip
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if fenced_blocks(path.read_text()))
 HUB, CLONE, EXPORT = "push_to_a_hub", "add_a_solver", "export_to_vllm"
 
 

@@ -224,7 +224,7 @@ def toy() -> tuple[ToyModel, Layout, CalibBatch]:
         [[TEXT, TEXT, ANSWER, ANSWER, TEXT], [TEXT, TEXT, TEXT, TEXT, PADDING]], dtype=torch.int8
     )
     batch = CalibBatch({"input_ids": torch.tensor([[1, 2, 3, 4, 5], [6, 5, 4, 3, 0]])}, kinds)
-    return model, Layout(specs, {}, (), (), 0), batch
+    return model, Layout(specs, {}, (), (), {}, 0), batch
 
 
 def test_loss_grad_is_the_closed_form_of_a_toy():
