@@ -8,6 +8,7 @@ import torch
 from gguf_models import LINES, N_ROWS, PLAIN, byte_level, packed_text, read_file, sentencepiece
 from packed_models import packed
 from tiny_processors import tokenizer
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vlmq
@@ -216,6 +217,22 @@ def test_what_llama_cpp_does_not_know_is_refused(family, options, words, message
     with pytest.raises(ValueError, match=message):
         export_model(packed_text(family, **options), "gguf", tmp_path / "out", words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "note"), [(normalizers.NFC, "form NFC"), (normalizers.Lowercase, "letters small")]
+)
+def test_a_normalization_is_noted(kind, note):
+    words = copy.deepcopy(byte_level())
+    words.backend_tokenizer.normalizer = kind()
+    assert note in vocabulary(words, N_ROWS).notes[0]
+
+
+def test_other_normalizations_are_refused():
+    words = copy.deepcopy(byte_level())
+    words.backend_tokenizer.normalizer = normalizers.StripAccents()
+    with pytest.raises(ValueError, match="normalizes no text, the tokenizer does"):
+        vocabulary(words, N_ROWS)
 
 
 def test_a_tokenizer_of_another_model_is_refused():

@@ -7,8 +7,8 @@ Two kinds of byte-pair tokenizers have a counterpart in llama.cpp:
 - "llama": sentencepiece, spaces as "\u2581", bytes as "<0x00>". llama.cpp joins the pair whose union has the highest
   score; a token's score is minus the rank of the first merge that makes it.
 
-llama.cpp normalizes no text, so a tokenizer's normalization to NFC is left to the caller and noted. Whether a text
-starts with a token of its own is found by asking the tokenizer.
+llama.cpp normalizes no text, so NFC and small letters are left to the caller and noted; other normalizations are
+refused. Whether a text starts with a token of its own is found by asking the tokenizer.
 """
 
 import json
@@ -25,6 +25,10 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 PRE = {
     _CONTRACTIONS + _LETTERS_AND_REST % r"\p{N}": "qwen2",
     _CONTRACTIONS + _LETTERS_AND_REST % r"\p{N}{1,3}": "llama-bpe",
+}
+NORMALIZERS = {
+    "NFC": "brings text to Unicode's form NFC first",
+    "Lowercase": "makes all letters small first",
 }
 IGNORES_MERGES = ("llama-bpe",)
 
@@ -117,9 +121,9 @@ def _byte_level(parts: dict[str, Any], common: dict[str, Any]) -> Vocabulary:
         raise ValueError(f"llama.cpp's {pre!r} joins whole words in another way than this tokenizer")
     notes = ()
     if (normalizer := parts["normalizer"]) is not None:
-        if normalizer["type"] != "NFC":
+        if normalizer["type"] not in NORMALIZERS:
             raise ValueError(f"llama.cpp normalizes no text, the tokenizer does ({normalizer['type']})")
-        notes = ("the tokenizer brings text to Unicode's form NFC first, llama.cpp does not",)
+        notes = (f"the tokenizer {NORMALIZERS[normalizer['type']]}, llama.cpp does not: give it such text",)
     return Vocabulary("gpt2", pre=pre, merges=_merges(parts), notes=notes, **common)
 
 
