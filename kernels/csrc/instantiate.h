@@ -6,7 +6,6 @@
 #undef VLMQ_TARGET
 #undef FN
 #undef WIDTH
-#undef BIT_STEPS
 #undef bytes_t
 #undef plane_t
 #undef table_t
@@ -22,7 +21,9 @@
 #undef LOAD_X
 #undef HALVES
 #undef BYTES
-#undef STORE_FLOATS
+#undef PICK_ONE
+#undef GROUPS
+#undef BIT_STEPS
 #undef NO_SUMS
 #undef DOT
 #undef FLOATS_OF
@@ -30,7 +31,8 @@
 #undef PICK
 #undef LOAD_FLOATS
 #undef SAME
-#undef KEEP
+#undef FEW_HALVES
+#undef FEW_BYTES
 #undef TIMES
 #undef MINUS
 #undef TIMES_PLUS
@@ -38,3 +40,5 @@
 #undef WIDE_DOT
 #undef UNPACK_VECTOR
 #undef DEFINE_SWEEP
+#undef ADD_PRODUCTS
+#undef PAIR_OF

@@ -19,16 +19,16 @@
 #define NO_SUMS vdupq_n_s32(0)
 #define FLOATS_OF(sums) vcvtq_f32_s32(sums)
 #define LOAD_PICK(p) (p)
-#define PICK(scales, pick) \
-    vcombine_f32(vld1_dup_f32((scales) + (pick)[0]), vld1_dup_f32((scales) + (pick)[2]))
+#define PICK(scales, pick, first)                                         \
+    vcombine_f32(vld1_dup_f32((const float *)(scales) + (first) + (pick)[0]), \
+                 vld1_dup_f32((const float *)(scales) + (first) + (pick)[2]))
+#define PICK_ONE(scales, i) vld1q_dup_f32((const float *)(scales) + (i))
 #define LOAD_FLOATS(p) vld1q_f32((const float *)(const void *)(p))
 #define SAME(f) vdupq_n_f32(f)
-#define KEEP(v, n) vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vld1q_u32(keep_bits + 16 - (n))))
 #define TIMES(a, b) vmulq_f32(a, b)
 #define MINUS(a, b) vsubq_f32(a, b)
 #define HALVES(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
 #define BYTES(p) ((floats_t){(p)[0], (p)[1], (p)[2], (p)[3]})
-#define STORE_FLOATS(p, v) vst1q_f32(p, v)
 #define TIMES_PLUS(a, b, c) vfmaq_f32(c, a, b)
 #define FOUR_TOTALS(p, a, b, c, d) vst1q_f32(p, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)))
 

@@ -25,15 +25,18 @@
 #define DOT(sums, codes, x) _mm512_dpbusd_epi32(sums, codes, x)
 #define FLOATS_OF(sums) _mm512_cvtepi32_ps(sums)
 #define LOAD_PICK(p) _mm512_loadu_si512(p)
-#define PICK(scales, pick) _mm512_permutexvar_ps(pick, _mm512_loadu_ps(scales))
+#define PICK(scales, pick, first) \
+    _mm512_permutexvar_ps(_mm512_add_epi32(pick, _mm512_set1_epi32(first)), (scales)[0])
+#define PICK_ONE(scales, i) _mm512_permutexvar_ps(_mm512_set1_epi32(i), (scales)[0])
 #define LOAD_FLOATS(p) _mm512_loadu_ps((const void *)(p))
 #define SAME(f) _mm512_set1_ps(f)
-#define KEEP(v, n) _mm512_maskz_mov_ps((__mmask16)((1u << (n)) - 1u), v)
 #define TIMES(a, b) _mm512_mul_ps(a, b)
 #define MINUS(a, b) _mm512_sub_ps(a, b)
 #define HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(p)))
 #define BYTES(p) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p))))
-#define STORE_FLOATS(p, v) _mm512_storeu_ps(p, v)
+#define FEW_HALVES(p, n) _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << (n)) - 1u), p))
+#define FEW_BYTES(p, n) \
+    _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << (n)) - 1u), p)))
 #define TIMES_PLUS(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define WIDE_DOT
 #define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_16(a, b, c, d))

@@ -73,15 +73,9 @@ static inline portable_floats portable_floats_of(portable_halves sums) {
     return __builtin_convertvector(both, portable_floats);
 }
 
-static inline portable_floats portable_pick(const float *scales, const int32_t *pick) {
-    float low = scales[pick[0]], high = scales[pick[2]];
-    return (portable_floats){low, low, high, high};
-}
-
-static inline portable_floats portable_keep(portable_floats v, const uint32_t *mask) {
-    portable_ints bits;
-    memcpy(&bits, mask, sizeof bits);
-    return (portable_floats)((portable_ints)v & bits);
+static inline portable_floats portable_pick(const portable_floats *scales, int low, int high) {
+    float a = scales[low / 4][low % 4], b = scales[high / 4][high % 4];
+    return (portable_floats){a, a, b, b};
 }
 
 #define LOAD(p) portable_load(p)
@@ -95,21 +89,16 @@ static inline portable_floats portable_keep(portable_floats v, const uint32_t *m
 #define DOT(sums, codes, x) portable_dot(sums, codes, x)
 #define FLOATS_OF(sums) portable_floats_of(sums)
 #define LOAD_PICK(p) (p)
-#define PICK(scales, pick) portable_pick(scales, pick)
+#define PICK(scales, pick, first) portable_pick(scales, (first) + (pick)[0], (first) + (pick)[2])
+#define PICK_ONE(scales, i) portable_pick(scales, i, i)
 #define LOAD_FLOATS(p) portable_load_floats(p)
 #define SAME(f) ((portable_floats){f, f, f, f})
-#define KEEP(v, n) portable_keep(v, keep_bits + 16 - (n))
 #define TIMES(a, b) ((a) * (b))
 #define MINUS(a, b) ((a) - (b))
 #define HALVES(p)                                                                              \
     ((portable_floats){float_of_float16((p)[0]), float_of_float16((p)[1]), float_of_float16((p)[2]), \
                        float_of_float16((p)[3])})
 #define BYTES(p) ((portable_floats){(p)[0], (p)[1], (p)[2], (p)[3]})
-#define STORE_FLOATS(p, v)                           \
-    do {                                             \
-        portable_floats stored_floats = (v);         \
-        memcpy(p, &stored_floats, sizeof stored_floats); \
-    } while (0)
 #define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
 #define FOUR_TOTALS(p, a, b, c, d)          \
     do {                                    \

@@ -7,7 +7,8 @@
 
 #include "plan.h"
 
-enum { ROWS = 4 };
+/* Rows or tokens that a kernel takes together, rows between two roundings of results, and how far ahead is fetched. */
+enum { ROWS = 4, TOKENS = 4, PIECE = 64, PREFETCH_BYTES = 8192, PREFETCH_GROUPS = 256 };
 
 typedef struct {
     const vlmq_layer *layer;
@@ -17,7 +18,7 @@ typedef struct {
     int64_t n_tokens, first_row, n_rows, chunk_rows;
     const int64_t *rows; /* of vlmq_unpack, where they are listed */
     int dtype;
-    uint8_t *images;    /* (n_tokens, token_bytes) */
+    uint8_t *images;    /* (n_tokens rounded up to TOKENS, token_bytes) */
     uint8_t *scratch;   /* (n_threads, scratch_bytes) */
     int64_t scratch_bytes;
 } vlmq_job;
@@ -31,31 +32,22 @@ typedef struct {
 
 /* The parts of a worker's scratch. */
 typedef struct {
-    float *scales;   /* (2, n_terms, ROWS, n_spans padded) */
     float *values;   /* (in_features padded) */
     int8_t *codes;   /* (in_features padded) */
-    uint8_t *row;    /* (ROWS, row_reach padded), rows whose vectors would leave the tensor */
+    uint8_t *row;    /* (row_reach padded), a row whose vectors would leave the tensor */
 } vlmq_scratch;
-
-static int64_t padded_spans(const vlmq_plan *plan) {
-    return round_up(plan->n_spans + PAD_FLOATS, PAD_FLOATS);
-}
 
 static int64_t padded_codes(const vlmq_plan *plan) { return round_up(plan->in_features + BLOCK, 64); }
 
 static int64_t padded_row(const vlmq_plan *plan) { return round_up(plan->row_reach + 64, 64); }
 
-static int64_t scale_floats(const vlmq_plan *plan) { return 2 * plan->format.n_terms * ROWS * padded_spans(plan); }
-
 static int64_t scratch_bytes(const vlmq_plan *plan) {
-    int64_t n_floats = scale_floats(plan) + padded_codes(plan);
-    return round_up(n_floats * (int64_t)sizeof(float) + padded_codes(plan) + ROWS * padded_row(plan), 64);
+    return round_up(padded_codes(plan) * (int64_t)(sizeof(float) + 1) + padded_row(plan), 64);
 }
 
 static vlmq_scratch scratch_of(const vlmq_job *job, int worker) {
     vlmq_scratch scratch;
-    scratch.scales = (float *)(void *)(job->scratch + worker * job->scratch_bytes);
-    scratch.values = scratch.scales + scale_floats(job->plan);
+    scratch.values = (float *)(void *)(job->scratch + worker * job->scratch_bytes);
     scratch.codes = (int8_t *)(scratch.values + padded_codes(job->plan));
     scratch.row = (uint8_t *)scratch.codes + padded_codes(job->plan);
     return scratch;
@@ -67,19 +59,12 @@ static int leaves_tensor(const vlmq_layer *layer, int64_t row) {
     return (layer->out_features - row) * plan->row_bytes < plan->row_reach;
 }
 
-/* Copies of rows, with zeros after each. */
-static const uint8_t *copy_rows(const vlmq_layer *layer, int64_t first, int64_t n_rows, uint8_t *copies) {
+/* A copy of a row, with zeros after it. */
+static const uint8_t *copy_row(const vlmq_layer *layer, int64_t row, uint8_t *copy) {
     const vlmq_plan *plan = layer->plan;
-    memset(copies, 0, (size_t)(n_rows * padded_row(plan)));
-    for (int64_t r = 0; r < n_rows; r++)
-        memcpy(copies + r * padded_row(plan), layer->qweight + (first + r) * plan->row_bytes,
-               (size_t)plan->row_bytes);
-    return copies;
+    memset(copy, 0, (size_t)padded_row(plan));
+    return memcpy(copy, layer->qweight + row * plan->row_bytes, (size_t)plan->row_bytes);
 }
-
-/* 16 numbers to keep, then 16 to drop: a vector that starts n before the middle keeps n. */
-static const uint32_t keep_bits[32] = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u,
-                                       ~0u, ~0u, ~0u, ~0u, ~0u, 0,   0,   0,   0,   0,   0};
 
 static int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }
 

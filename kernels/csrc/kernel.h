@@ -8,9 +8,10 @@
  *     PART(v)                                 even bytes of each 16 first
  *     AND_SHIFT(v, shift, mask), LOOK_UP(table, v), TABLE(p)
  *     LOAD_X(p), DOT(sums, codes, x), NO_SUMS, FLOATS_OF(sums)
- *     HALVES(p), BYTES(p), STORE_FLOATS(p, v) WIDTH / 4 numbers in float16 or in bytes, as floats; and back
- *     LOAD_PICK(p), PICK(scales, pick), LOAD_FLOATS(p), SAME(f), TIMES(a, b), MINUS(a, b), TIMES_PLUS(a, b, c)
- *     KEEP(v, n)                              the first n numbers, zeros in place of the others
+ *     HALVES(p), BYTES(p)                     WIDTH / 4 numbers in float16 or in bytes, as floats
+ *     LOAD_PICK(p), LOAD_FLOATS(p), SAME(f), TIMES(a, b), MINUS(a, b), TIMES_PLUS(a, b, c)
+ *     FEW_HALVES(p, n), FEW_BYTES(p, n)       fewer of them, zeros after them; nothing is read beyond (optional)
+ *     PICK(scales, pick, first), PICK_ONE(scales, i)  scales `pick` on from `first`; one for all sums
  *     FOUR_TOTALS(p, a, b, c, d)              the sum of each of four vectors
  *     WIDE_DOT                                if DOT takes codes of 8 bits
  *
@@ -18,13 +19,31 @@
  * the rows and tokens beside it change a bit of the result.
  */
 
-/* Up to ROWS rows, one after the other at equal distances: few registers hold where they are. */
+/* What a sweep meets in every row: where its vectors begin and how they go on. */
 typedef struct {
-    const uint8_t *codes;
-    float *scales;  /* (n_terms, ROWS, n_spans padded) */
-    floats_t *sums; /* (ROWS, VLMQ_MAX_TOKENS): the result is the total of each */
-    int64_t codes_step, scales_step;
-} FN(rows);
+    const uint8_t *x, *x_scales, *tail_x, *tail_scale; /* of the first token */
+    const int32_t *first_group;
+    int64_t n_vectors, run, load_bytes, n_tail_vectors, tail_stride; /* run: vectors of GROUPS groups */
+    int32_t n_tail_spans, tail_group;                                /* the tail's first group within its run */
+    int64_t codes, tail_codes, token_bytes; /* bytes into a row, into a token's image */
+    table_t table;
+    pick_t pick[MAX_UNITS];
+} FN(view);
+
+VLMQ_TARGET static inline __attribute__((always_inline)) FN(view) FN(view_of)(
+    const vlmq_plan *plan, const vlmq_sweep *sweep, const uint8_t *images, const int UNITS) {
+    FN(view) view;
+    view.x = images + sweep->x, view.x_scales = images + sweep->x_scales;
+    view.tail_x = images + sweep->tail_x, view.tail_scale = images + plan->tail_scale;
+    view.first_group = sweep->first_group;
+    view.n_vectors = sweep->n_vectors, view.load_bytes = sweep->load_bytes;
+    view.run = sweep->run, view.n_tail_vectors = sweep->n_tail_vectors, view.tail_stride = sweep->tail_x_stride;
+    view.n_tail_spans = (int32_t)plan->n_tail_spans, view.tail_group = (int32_t)(plan->tail_span % plan->run_groups);
+    view.codes = sweep->offset, view.tail_codes = sweep->tail_offset, view.token_bytes = plan->token_bytes;
+    view.table = TABLE(sweep->table);
+    for (int u = 0; u < UNITS; u++) view.pick[u] = LOAD_PICK(sweep->pick[u]);
+    return view;
+}
 
 /* Take apart the vector of codes at `p` into its steps. */
 #define UNPACK_VECTOR(plane, p)                                                                              \
@@ -33,93 +52,150 @@ typedef struct {
         for (int s = 0; s < STEPS; s++) {                                                                    \
             int shift = BITS < 8 ? BITS * s : VARIANT == 1 ? 4 : 0;                                          \
             plane[s] = AND_SHIFT(raw, shift, BITS < 8 ? (1 << BITS) - 1 : VARIANT == WHOLE ? 255 : 15);      \
-            if (VARIANT && BITS != 8) plane[s] = LOOK_UP(table, plane[s]);                                   \
+            if (VARIANT && BITS != 8) plane[s] = LOOK_UP(view->table, plane[s]);                             \
         }                                                                                                    \
     } while (0)
 
-VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
-    const vlmq_plan *plan, const vlmq_sweep *sweep, const FN(rows) rows, const uint8_t *images,
-    const int BITS, const int STEPS, const int UNITS, const int VARIANT, const int N_ROWS, const int N_TOKENS) {
-    const int64_t ahead = N_ROWS * plan->row_bytes;
-    table_t table = TABLE(sweep->table);
-    pick_t pick[MAX_UNITS];
-    floats_t total[ROWS * ROWS];
-    for (int u = 0; u < UNITS; u++) pick[u] = LOAD_PICK(sweep->pick[u]);
-    for (int i = 0; i < N_ROWS * N_TOKENS; i++) total[i] = SAME(0.0f);
-    for (int64_t v = 0; v < sweep->n_vectors; v++) {
-        const uint8_t *x = images + sweep->x + v * STEPS * WIDTH;
-        const uint8_t *x_scales = images + sweep->x_scales + v * WIDTH;
-        const uint8_t *v_codes = rows.codes + sweep->offset + v * sweep->load_bytes;
-        const float *v_scales = rows.scales + sweep->first_group[v];
+/* Scales of a run of groups, as many as vectors never straddle. */
+#define GROUPS (WIDTH == 32 ? 8 : 16)
+typedef struct {
+    floats_t part[GROUPS / (WIDTH / 4)];
+} FN(scales);
+
+/* Add the products of steps FROM .. TO - 1 of a vector to the total of row r and token t. */
+#define ADD_PRODUCTS(x, FROM, TO, x_scale, scale)                                                            \
+    do {                                                                                                     \
+        sums_t products = NO_SUMS;                                                                           \
+        for (int s = FROM; s < TO; s++)                                                                      \
+            products = DOT(products, plane[s], LOAD_X((x) + t * view->token_bytes + s * WIDTH));             \
+        floats_t scaled = LOAD_FLOATS((x_scale) + t * view->token_bytes), *sum = &total[r * N_TOKENS + t];   \
+        *sum = IS_CHANNEL ? TIMES_PLUS(FLOATS_OF(products), scaled, *sum)                                    \
+                          : TIMES_PLUS(TIMES(FLOATS_OF(products), scaled), scale, *sum);                     \
+    } while (0)
+
+/* Vectors `first` to `end` of N_ROWS rows and N_TOKENS tokens: total[r, t] gains the products of codes and x, scaled
+ * unless IS_CHANNEL. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(add_vectors)(
+    const FN(view) *view, int64_t first, int64_t end, const uint8_t *codes, int64_t codes_step,
+    const FN(scales) *scales, int64_t image, floats_t *total, const int BITS, const int STEPS, const int UNITS,
+    const int VARIANT, const int IS_CHANNEL, const int N_ROWS, const int N_TOKENS) {
+    const uint8_t *x = view->x + image + first * STEPS * WIDTH, *x_scales = view->x_scales + image + first * WIDTH;
+    const uint8_t *at = codes + view->codes + first * view->load_bytes;
+    for (int64_t v = first; v < end; v++, x += STEPS * WIDTH, x_scales += WIDTH, at += view->load_bytes) {
+        const int32_t group = IS_CHANNEL ? 0 : view->first_group[v];
 #pragma GCC unroll 4
         for (int r = 0; r < N_ROWS; r++) {
-            const uint8_t *codes = v_codes + r * rows.codes_step;
             plane_t plane[8];
-            __builtin_prefetch(codes + ahead);
-            UNPACK_VECTOR(plane, codes);
+            __builtin_prefetch(at + r * codes_step + PREFETCH_BYTES);
+            UNPACK_VECTOR(plane, at + r * codes_step);
 #pragma GCC unroll 4
             for (int u = 0; u < UNITS; u++) {
-                floats_t scales = PICK(v_scales + r * rows.scales_step, pick[u]);
+                floats_t scale = IS_CHANNEL ? SAME(0.0f) : PICK(scales[r].part, view->pick[u], group);
 #pragma GCC unroll 4
-                for (int t = 0; t < N_TOKENS; t++) {
-                    sums_t sums = NO_SUMS;
-#pragma GCC unroll 8
-                    for (int s = u * STEPS / UNITS; s < (u + 1) * STEPS / UNITS; s++)
-                        sums = DOT(sums, plane[s], LOAD_X(x + t * plan->token_bytes + s * WIDTH));
-                    floats_t x_scale = LOAD_FLOATS(x_scales + t * plan->token_bytes);
-                    floats_t *sum = &total[r * N_TOKENS + t];
-                    *sum = TIMES_PLUS(TIMES(FLOATS_OF(sums), x_scale), scales, *sum);
-                }
+                for (int t = 0; t < N_TOKENS; t++)
+                    ADD_PRODUCTS(x, u * STEPS / UNITS, (u + 1) * STEPS / UNITS, x_scales, scale);
             }
         }
     }
-    for (int64_t v = 0; v < sweep->n_tail_vectors; v++) {
-        const uint8_t *x = images + sweep->tail_x + v * STEPS * WIDTH;
-        for (int r = 0; r < N_ROWS; r++) {
-            plane_t plane[8];
-            UNPACK_VECTOR(plane, rows.codes + r * rows.codes_step + sweep->tail_offset + v * sweep->load_bytes);
-            for (int64_t g = 0; g < plan->n_tail_spans; g++) {
-                floats_t scales = SAME(rows.scales[r * rows.scales_step + plan->tail_span + g]);
-#pragma GCC unroll 4
-                for (int t = 0; t < N_TOKENS; t++) {
-                    const uint8_t *image = images + t * plan->token_bytes;
-                    const uint8_t *x_group = x + t * plan->token_bytes + g * sweep->tail_x_stride;
-                    sums_t sums = NO_SUMS;
-#pragma GCC unroll 8
-                    for (int s = 0; s < STEPS; s++) sums = DOT(sums, plane[s], LOAD_X(x_group + s * WIDTH));
-                    floats_t x_scale = SAME(*(const float *)(const void *)(image + plan->tail_scale));
-                    floats_t *sum = &total[r * N_TOKENS + t];
-                    *sum = TIMES_PLUS(TIMES(FLOATS_OF(sums), x_scale), scales, *sum);
-                }
-            }
-        }
-    }
-    for (int r = 0; r < N_ROWS; r++)
-        for (int t = 0; t < N_TOKENS; t++)
-            rows.sums[r * VLMQ_MAX_TOKENS + t] =
-                TIMES_PLUS(SAME(sweep->factor), total[r * N_TOKENS + t], rows.sums[r * VLMQ_MAX_TOKENS + t]);
 }
 
-/* All tokens of up to ROWS rows: rows together for one token, tokens together for one row. */
-#define DEFINE_SWEEP(NAME, BITS, STEPS, UNITS, VARIANT)                                                      \
-    VLMQ_TARGET static void FN(NAME)(const vlmq_plan *plan, const vlmq_sweep *sweep, const FN(rows) *few,    \
-                                     int64_t n_rows, const uint8_t *images, int64_t n_tokens) {              \
-        FN(rows) rows = *few;                                                                                \
-        rows.scales += sweep->term * ROWS * rows.scales_step;                                                \
-        if (n_rows == ROWS && n_tokens == 1) {                                                               \
-            FN(tile)(plan, sweep, rows, images, BITS, STEPS, UNITS, VARIANT, ROWS, 1);                       \
-            return;                                                                                          \
-        }                                                                                                    \
-        for (int64_t r = 0; r < n_rows; r++) {                                                               \
-            FN(rows) row = rows;                                                                             \
-            int64_t t = 0;                                                                                   \
-            for (; t + 4 <= n_tokens; t += 4, row.sums += 4)                                                 \
-                FN(tile)(plan, sweep, row, images + t * plan->token_bytes, BITS, STEPS, UNITS, VARIANT, 1, 4); \
-            for (; t < n_tokens; t++, row.sums++)                                                            \
-                FN(tile)(plan, sweep, row, images + t * plan->token_bytes, BITS, STEPS, UNITS, VARIANT, 1, 1); \
-            rows.codes += rows.codes_step, rows.scales += rows.scales_step, rows.sums += VLMQ_MAX_TOKENS;    \
-        }                                                                                                    \
+/* The same for the shorter block. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(add_tail)(
+    const FN(view) *view, const uint8_t *codes, int64_t codes_step, const FN(scales) *scales, int64_t image,
+    floats_t *total, const int BITS, const int STEPS, const int VARIANT, const int IS_CHANNEL, const int N_ROWS,
+    const int N_TOKENS) {
+    const uint8_t *x = view->tail_x + image, *at = codes + view->tail_codes;
+    for (int64_t v = 0; v < view->n_tail_vectors; v++, x += STEPS * WIDTH, at += view->load_bytes) {
+        for (int32_t g = 0; g < view->n_tail_spans; g++) {
+#pragma GCC unroll 4
+            for (int r = 0; r < N_ROWS; r++) {
+                plane_t plane[8];
+                UNPACK_VECTOR(plane, at + r * codes_step);
+                floats_t scale = IS_CHANNEL ? SAME(0.0f) : PICK_ONE(scales[r].part, view->tail_group + g);
+#pragma GCC unroll 4
+                for (int t = 0; t < N_TOKENS; t++)
+                    ADD_PRODUCTS(x + g * view->tail_stride, 0, STEPS, view->tail_scale + image, scale);
+            }
+        }
     }
+}
+
+/* WIDTH / 4 float16 numbers, or fewer with zeros after them, `stride` apart. */
+VLMQ_TARGET static __attribute__((noinline)) floats_t FN(halves_apart)(const uint16_t *p, int64_t n, int64_t stride) {
+    uint16_t halves[WIDTH / 4] = {0};
+    for (int64_t i = 0; i < min_int64(n, WIDTH / 4); i++) halves[i] = p[i * stride];
+    return HALVES(halves);
+}
+
+#ifndef FEW_HALVES
+VLMQ_TARGET static __attribute__((noinline)) floats_t FN(few_bytes)(const uint8_t *p, int64_t n) {
+    uint8_t bytes[WIDTH / 4] = {0};
+    memcpy(bytes, p, (size_t)n);
+    return BYTES(bytes);
+}
+#define FEW_HALVES(p, n) FN(halves_apart)(p, n, 1)
+#define FEW_BYTES(p, n) FN(few_bytes)(p, n)
+#endif
+
+/* Scales and zero points of rows, and what their centres are multiplied with. */
+typedef struct {
+    const uint16_t *halves; /* of the first row and the sweep's term */
+    const uint8_t *bytes;   /* or NULL */
+    const uint8_t *x_sums;  /* of the first token */
+    int64_t n_groups, n_terms;
+    float first, zero_step, factor, pair_factor; /* pair_factor: of the sweep that follows, over factor */
+} FN(groups);
+
+VLMQ_TARGET static inline __attribute__((always_inline)) FN(groups) FN(groups_of)(
+    const vlmq_job *job, const vlmq_sweep *sweep, int64_t row, const int PAIR) {
+    const vlmq_plan *plan = job->plan;
+    FN(groups) groups = {.n_groups = plan->n_groups, .n_terms = plan->format.n_terms, .first = plan->format.first,
+                         .zero_step = plan->format.zero_step, .factor = sweep->factor};
+    groups.pair_factor = PAIR ? sweep[1].factor / sweep->factor : 0.0f;
+    groups.halves = job->layer->scales + row * groups.n_groups * groups.n_terms + sweep->term;
+    groups.bytes = plan->format.has_zero ? job->layer->zeros + row * groups.n_groups : NULL;
+    groups.x_sums = job->images + plan->span_sums;
+    return groups;
+}
+
+/* GROUPS groups from g on of N_ROWS rows: their scales; and sums[r, t] gains what the centres of the levels add,
+ * scale * (first - zero) * (sum of x). */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(read_scales)(
+    const FN(groups) *groups, int64_t row, int64_t g, FN(scales) *scales, int64_t image, int64_t token_bytes,
+    floats_t *sums, const int N_ROWS, const int N_TOKENS) {
+    const int64_t n_groups = groups->n_groups, n_terms = groups->n_terms;
+    const floats_t first = SAME(groups->first), zero_step = SAME(groups->zero_step);
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUPS / (WIDTH / 4); i++, g += WIDTH / 4) {
+        const int64_t n_here = n_groups - g;
+        const int is_whole = n_here >= WIDTH / 4;
+        const uint8_t *x_sums = groups->x_sums + image + g * 4;
+        if (n_here <= 0) break;
+#pragma GCC unroll 4
+        for (int r = 0; r < N_ROWS; r++) {
+            const int64_t at = (row + r) * n_groups + g;
+            const uint16_t *halves = groups->halves + at * n_terms;
+            floats_t centre = first, scale;
+            __builtin_prefetch(halves + PREFETCH_GROUPS * n_terms);
+            if (n_terms > 1)
+                scale = FN(halves_apart)(halves, n_here, n_terms);
+            else
+                scale = is_whole ? HALVES(halves) : FEW_HALVES(halves, n_here);
+            scales[r].part[i] = scale;
+            if (groups->bytes) {
+                const uint8_t *bytes = groups->bytes + at;
+                __builtin_prefetch(bytes + PREFETCH_GROUPS);
+                floats_t zero = is_whole ? BYTES(bytes) : FEW_BYTES(bytes, n_here);
+                centre = MINUS(centre, TIMES(zero, zero_step));
+            }
+            centre = TIMES(scale, centre);
+#pragma GCC unroll 4
+            for (int t = 0; t < N_TOKENS; t++)
+                sums[r * N_TOKENS + t] =
+                    TIMES_PLUS(centre, LOAD_FLOATS(x_sums + t * token_bytes), sums[r * N_TOKENS + t]);
+        }
+    }
+}
 
 #if WIDTH == 16
 #define BIT_STEPS 8
@@ -127,161 +203,196 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
 #define BIT_STEPS 4
 #endif
 
-DEFINE_SWEEP(sweep_1_1, 1, BIT_STEPS, 1, 0)
-DEFINE_SWEEP(sweep_1_2, 1, BIT_STEPS, 2, 0)
+/* BITS and STEPS of a sweep that follows: the third bit, or the high nibble. */
+#define PAIR_OF(BITS) ((BITS) == 2 ? 1 : 8), ((BITS) == 2 ? BIT_STEPS : 1)
+
+/* N_ROWS rows from `row` on, whose codes begin at `codes`, and the N_TOKENS tokens at `image`: y[r, t] is the total of
+ * sums[r, t]. `pair` is the view of the sweep that follows, if PAIR. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
+    const FN(view) *view, const FN(view) *pair, const FN(groups) *groups, int64_t row, const uint8_t *codes,
+    int64_t codes_step, int64_t image, floats_t *sums, const int BITS, const int STEPS, const int UNITS,
+    const int VARIANT, const int IS_CHANNEL, const int PAIR, const int N_ROWS, const int N_TOKENS) {
+    floats_t total[ROWS], more[ROWS];
+    FN(scales) scales[ROWS];
+    for (int i = 0; i < N_ROWS * N_TOKENS; i++) total[i] = more[i] = sums[i] = SAME(0.0f);
+    int64_t g = 0, v = 0, w = 0;
+    do {
+        if (!IS_CHANNEL) FN(read_scales)(groups, row, g, scales, image, view->token_bytes, sums, N_ROWS, N_TOKENS);
+        const int64_t end = min_int64(v + view->run, view->n_vectors);
+        const int64_t pair_end = min_int64(w + pair->run, pair->n_vectors);
+        FN(add_vectors)(view, v, end, codes, codes_step, scales, image, total, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL,
+                        N_ROWS, N_TOKENS);
+        if (PAIR)
+            FN(add_vectors)(pair, w, pair_end, codes, codes_step, scales, image, more, PAIR_OF(BITS), PAIR, BITS == 8,
+                            IS_CHANNEL, N_ROWS, N_TOKENS);
+        g += GROUPS, v = end, w = pair_end;
+    } while (g < groups->n_groups);
+    FN(add_tail)(view, codes, codes_step, scales, image, total, BITS, STEPS, VARIANT, IS_CHANNEL, N_ROWS, N_TOKENS);
+    if (PAIR)
+        FN(add_tail)(pair, codes, codes_step, scales, image, more, PAIR_OF(BITS), BITS == 8, IS_CHANNEL, N_ROWS,
+                     N_TOKENS);
+    for (int r = 0; r < N_ROWS; r++) {
+        const float scale = IS_CHANNEL ? float_of_float16(groups->halves[(row + r) * groups->n_terms]) : 1.0f;
+        const float zero = IS_CHANNEL && groups->bytes ? (float)groups->bytes[row + r] * groups->zero_step : 0.0f;
+        for (int t = 0; t < N_TOKENS; t++) {
+            const int i = r * N_TOKENS + t;
+            if (IS_CHANNEL) {
+                const uint8_t *x_sums = groups->x_sums + image + t * view->token_bytes;
+                sums[i] = TIMES(SAME(scale * (groups->first - zero)), LOAD_FLOATS(x_sums));
+            }
+            if (PAIR) total[i] = TIMES_PLUS(SAME(groups->pair_factor), more[i], total[i]);
+            sums[i] = TIMES_PLUS(SAME(groups->factor * scale), total[i], sums[i]);
+        }
+    }
+}
+
+/* ROWS rows and one token, again and again: adds to totals. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(sweep_fours)(
+    const vlmq_job *job, const vlmq_sweep *sweep, int64_t first, int64_t n_rows, float *totals, const int BITS,
+    const int STEPS, const int UNITS, const int VARIANT, const int IS_CHANNEL, const int PAIR) {
+    const FN(view) view = FN(view_of)(job->plan, sweep, job->images, UNITS);
+    const FN(view) pair = FN(view_of)(job->plan, sweep + (PAIR > 0), job->images, PAIR);
+    const FN(groups) groups = FN(groups_of)(job, sweep, first, PAIR);
+    const int64_t step = job->plan->row_bytes;
+    const uint8_t *codes = job->layer->qweight + first * step;
+    for (int64_t row = 0; row < n_rows; row += ROWS, codes += ROWS * step) {
+        floats_t sums[ROWS];
+        float four[ROWS];
+        FN(tile)(&view, &pair, &groups, row, codes, step, 0, sums, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR, ROWS,
+                 1);
+        FOUR_TOTALS(four, sums[0], sums[1], sums[2], sums[3]);
+        for (int r = 0; r < ROWS; r++) totals[row + r] += four[r];
+    }
+}
+
+/* Rows by themselves and all tokens, TOKENS at a time: what is computed of those that are not there is dropped. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(sweep_ones)(
+    const vlmq_job *job, const vlmq_sweep *sweep, int64_t first, int64_t n_rows, uint8_t *copy, float *totals,
+    const int BITS, const int STEPS, const int UNITS, const int VARIANT, const int IS_CHANNEL, const int PAIR) {
+    const FN(view) view = FN(view_of)(job->plan, sweep, job->images, UNITS);
+    const FN(view) pair = FN(view_of)(job->plan, sweep + (PAIR > 0), job->images, PAIR);
+    const FN(groups) groups = FN(groups_of)(job, sweep, first, PAIR);
+    const int64_t n_tokens = job->n_tokens;
+    for (int64_t row = 0; row < n_rows; row++) {
+        const uint8_t *codes = job->layer->qweight + (first + row) * job->plan->row_bytes;
+        if (leaves_tensor(job->layer, first + row)) codes = copy_row(job->layer, first + row, copy);
+        for (int64_t t = 0; t < n_tokens; t += TOKENS) {
+            floats_t sums[TOKENS];
+            float four[TOKENS];
+            FN(tile)(&view, &pair, &groups, row, codes, 0, t * view.token_bytes, sums, BITS, STEPS, UNITS, VARIANT,
+                     IS_CHANNEL, PAIR, 1, TOKENS);
+            FOUR_TOTALS(four, sums[0], sums[1], sums[2], sums[3]);
+            for (int64_t i = 0; i < min_int64(TOKENS, n_tokens - t); i++) totals[(t + i) * PIECE + row] += four[i];
+        }
+    }
+}
+
+/* What adds to totals (n_tokens, PIECE) the part of a term: for whole ROWS and one token, and for all else. */
+typedef struct {
+    void (*fours)(const vlmq_job *, const vlmq_sweep *, int64_t first, int64_t n_rows, float *totals);
+    void (*ones)(const vlmq_job *, const vlmq_sweep *, int64_t first, int64_t n_rows, uint8_t *copy, float *totals);
+} FN(sweeps);
+
+#define DEFINE_SWEEP(NAME, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR)                                         \
+    VLMQ_TARGET static void FN(NAME##_fours)(const vlmq_job *job, const vlmq_sweep *sweep, int64_t first,         \
+                                             int64_t n_rows, float *totals) {                                     \
+        FN(sweep_fours)(job, sweep, first, n_rows, totals, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR);        \
+    }                                                                                                             \
+    VLMQ_TARGET static void FN(NAME##_ones)(const vlmq_job *job, const vlmq_sweep *sweep, int64_t first,          \
+                                            int64_t n_rows, uint8_t *copy, float *totals) {                       \
+        FN(sweep_ones)(job, sweep, first, n_rows, copy, totals, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR);   \
+    }                                                                                                             \
+    static const FN(sweeps) FN(NAME) = {FN(NAME##_fours), FN(NAME##_ones)};
+
+DEFINE_SWEEP(channel_1, 1, BIT_STEPS, 1, 0, 1, 0)
+DEFINE_SWEEP(channel_2, 2, 4, 1, 0, 1, 0)
+DEFINE_SWEEP(channel_3, 2, 4, 1, 0, 1, 1)
+DEFINE_SWEEP(channel_4, 4, 2, 1, 0, 1, 0)
+DEFINE_SWEEP(channel_look_up_2, 2, 4, 1, 1, 1, 0)
+DEFINE_SWEEP(channel_look_up_4, 4, 2, 1, 1, 1, 0)
+DEFINE_SWEEP(sweep_1_1, 1, BIT_STEPS, 1, 0, 0, 0)
+DEFINE_SWEEP(sweep_1_2, 1, BIT_STEPS, 2, 0, 0, 0)
+DEFINE_SWEEP(sweep_2_1, 2, 4, 1, 0, 0, 0)
+DEFINE_SWEEP(sweep_2_2, 2, 4, 2, 0, 0, 0)
+DEFINE_SWEEP(sweep_2_4, 2, 4, 4, 0, 0, 0)
+DEFINE_SWEEP(sweep_3_1, 2, 4, 1, 0, 0, 1)
 #if WIDTH == 16
-DEFINE_SWEEP(sweep_1_4, 1, BIT_STEPS, 4, 0)
+DEFINE_SWEEP(sweep_1_4, 1, BIT_STEPS, 4, 0, 0, 0)
+DEFINE_SWEEP(sweep_3_2, 2, 4, 2, 0, 0, 2)
+DEFINE_SWEEP(sweep_3_4, 2, 4, 4, 0, 0, 4)
+#else
+DEFINE_SWEEP(sweep_3_2, 2, 4, 2, 0, 0, 1)
+DEFINE_SWEEP(sweep_3_4, 2, 4, 4, 0, 0, 2)
 #endif
-DEFINE_SWEEP(sweep_2_1, 2, 4, 1, 0)
-DEFINE_SWEEP(sweep_2_2, 2, 4, 2, 0)
-DEFINE_SWEEP(sweep_2_4, 2, 4, 4, 0)
-DEFINE_SWEEP(sweep_4_1, 4, 2, 1, 0)
-DEFINE_SWEEP(sweep_4_2, 4, 2, 2, 0)
-DEFINE_SWEEP(look_up_2_1, 2, 4, 1, 1)
-DEFINE_SWEEP(look_up_2_2, 2, 4, 2, 1)
-DEFINE_SWEEP(look_up_2_4, 2, 4, 4, 1)
-DEFINE_SWEEP(look_up_4_1, 4, 2, 1, 1)
-DEFINE_SWEEP(look_up_4_2, 4, 2, 2, 1)
-DEFINE_SWEEP(low_nibble, 8, 1, 1, 0)
-DEFINE_SWEEP(high_nibble, 8, 1, 1, 1)
+DEFINE_SWEEP(sweep_4_1, 4, 2, 1, 0, 0, 0)
+DEFINE_SWEEP(sweep_4_2, 4, 2, 2, 0, 0, 0)
+DEFINE_SWEEP(look_up_2_1, 2, 4, 1, 1, 0, 0)
+DEFINE_SWEEP(look_up_2_2, 2, 4, 2, 1, 0, 0)
+DEFINE_SWEEP(look_up_2_4, 2, 4, 4, 1, 0, 0)
+DEFINE_SWEEP(look_up_4_1, 4, 2, 1, 1, 0, 0)
+DEFINE_SWEEP(look_up_4_2, 4, 2, 2, 1, 0, 0)
 #ifdef WIDE_DOT
-DEFINE_SWEEP(whole_byte, 8, 1, 1, WHOLE)
+DEFINE_SWEEP(channel_8, 8, 1, 1, WHOLE, 1, 0)
+DEFINE_SWEEP(sweep_8, 8, 1, 1, WHOLE, 0, 0)
+#else
+DEFINE_SWEEP(channel_8, 8, 1, 1, 0, 1, 1)
+DEFINE_SWEEP(sweep_8, 8, 1, 1, 0, 0, 1)
 #endif
 
-typedef void (*FN(sweep_function))(const vlmq_plan *, const vlmq_sweep *, const FN(rows) *, int64_t,
-                                   const uint8_t *, int64_t);
+static const FN(sweeps) *FN(channel_sweeps_of)(const vlmq_plan *plan) {
+    switch (plan->format.bits) {
+    case 1: return &FN(channel_1);
+    case 2: return plan->sweeps[0].variant ? &FN(channel_look_up_2) : &FN(channel_2);
+    case 3: return &FN(channel_3);
+    case 4: return plan->sweeps[0].variant ? &FN(channel_look_up_4) : &FN(channel_4);
+    default: return &FN(channel_8);
+    }
+}
 
-static FN(sweep_function) FN(sweep_of)(const vlmq_sweep *sweep) {
-    int units = sweep->n_units;
-    switch (sweep->bits) {
+static const FN(sweeps) *FN(sweeps_of)(const vlmq_plan *plan) {
+    int n = plan->sweeps[0].n_units, looks_up = plan->sweeps[0].variant;
+    switch (plan->format.bits) {
     case 1:
 #if WIDTH == 16
-        if (units == 4) return FN(sweep_1_4);
+        if (n == 4) return &FN(sweep_1_4);
 #endif
-        return units == 1 ? FN(sweep_1_1) : FN(sweep_1_2);
+        return n == 1 ? &FN(sweep_1_1) : &FN(sweep_1_2);
     case 2:
-        if (sweep->variant)
-            return units == 1 ? FN(look_up_2_1) : units == 2 ? FN(look_up_2_2) : FN(look_up_2_4);
-        return units == 1 ? FN(sweep_2_1) : units == 2 ? FN(sweep_2_2) : FN(sweep_2_4);
+        if (looks_up) return n == 1 ? &FN(look_up_2_1) : n == 2 ? &FN(look_up_2_2) : &FN(look_up_2_4);
+        return n == 1 ? &FN(sweep_2_1) : n == 2 ? &FN(sweep_2_2) : &FN(sweep_2_4);
+    case 3: return n == 1 ? &FN(sweep_3_1) : n == 2 ? &FN(sweep_3_2) : &FN(sweep_3_4);
     case 4:
-        if (sweep->variant) return units == 1 ? FN(look_up_4_1) : FN(look_up_4_2);
-        return units == 1 ? FN(sweep_4_1) : FN(sweep_4_2);
-    default:
-#ifdef WIDE_DOT
-        if (sweep->variant == WHOLE) return FN(whole_byte);
-#endif
-        return sweep->variant ? FN(high_nibble) : FN(low_nibble);
+        if (looks_up) return n == 1 ? &FN(look_up_4_1) : &FN(look_up_4_2);
+        return n == 1 ? &FN(sweep_4_1) : &FN(sweep_4_2);
+    default: return &FN(sweep_8);
     }
 }
 
-/* Scales and zero points of a row as they are stored, and what of them can be loaded as vectors. */
-typedef struct {
-    const uint16_t *scales;
-    const uint8_t *zeros; /* NULL: none */
-    int64_t n_left;       /* groups from the row's first to the tensor's end */
-} FN(groups);
-
-/* Scale and zero point of n groups from g on, where they cannot be loaded as they lie: one term of a format of two,
- * or at the tensor's end. */
-VLMQ_TARGET static __attribute__((noinline)) floats_t FN(few_groups)(int n_terms, const FN(groups) *row, int term,
-                                                                     int64_t g, int64_t n, floats_t *zero) {
-    uint16_t halves[WIDTH / 4] = {0};
-    uint8_t bytes[WIDTH / 4] = {0};
-    for (int64_t i = 0; i < n; i++) halves[i] = row->scales[n_terms * (g + i) + term];
-    if (row->zeros) memcpy(bytes, row->zeros + g, (size_t)n);
-    *zero = BYTES(bytes);
-    return HALVES(halves);
-}
-
-/* Scales of a row for one term as floats, zeros after them; and add to `sums` the part of the centres: for each token
- * scale * (first - zero) * (sum of x) of each group. Vectors are stored whole and none twice. */
-VLMQ_TARGET static inline __attribute__((always_inline)) void FN(read_scales)(
-    const vlmq_job *job, const vlmq_plan *plan, const FN(groups) *row, int term, float *scales, floats_t *sums) {
-    const uint8_t *x_sums = job->images + plan->span_sums;
-    const int64_t n_spans = plan->n_spans, n_tokens = job->n_tokens, token_bytes = plan->token_bytes;
-    const int64_t n_loadable = plan->format.n_terms == 1 ? row->n_left : 0;
-    const int is_channel = !plan->group_size;
-    const uint16_t *halves = row->scales;
-    const uint8_t *bytes = row->zeros;
-    floats_t first = SAME(plan->format.first), zero_step = SAME(plan->format.zero_step), sum = sums[0];
-    floats_t scale = SAME(is_channel ? float_of_float16(halves[term]) : 0.0f);
-    floats_t zero = SAME(is_channel && bytes ? (float)bytes[0] : 0.0f);
-    for (int64_t g = 0; g < n_spans; g += WIDTH / 4) {
-        int64_t n_here = min_int64(WIDTH / 4, n_spans - g);
-        if (g + WIDTH / 4 <= n_loadable && !is_channel) {
-            scale = HALVES(halves + g);
-            if (bytes) zero = BYTES(bytes + g);
-        } else if (!is_channel) {
-            scale = FN(few_groups)(plan->format.n_terms, row, term, g, n_here, &zero);
-        }
-        scale = KEEP(scale, n_here);
-        STORE_FLOATS(scales + g, scale);
-        floats_t centre = TIMES(scale, MINUS(first, TIMES(zero, zero_step)));
-        sum = TIMES_PLUS(centre, LOAD_FLOATS(x_sums + g * 4), sum); /* of the first token, in a register */
-        for (int64_t t = 1; t < n_tokens; t++)
-            sums[t] = TIMES_PLUS(centre, LOAD_FLOATS(x_sums + g * 4 + t * token_bytes), sums[t]);
-    }
-    sums[0] = sum;
-}
-
-/* What the rows from `first` on need beside their codes. */
-VLMQ_TARGET static inline void FN(read_rows)(const vlmq_job *job, int64_t first, int64_t n_rows, const FN(rows) *rows) {
-    const vlmq_plan *plan = job->plan;
-    const int64_t n_groups = plan->n_groups, n_terms = plan->format.n_terms, n_tokens = job->n_tokens;
-    FN(groups) row = {job->layer->scales + first * n_groups * n_terms, NULL,
-                      (job->layer->out_features - first) * n_groups};
-    if (plan->format.has_zero) row.zeros = job->layer->zeros + first * n_groups;
-    for (int64_t r = 0; r < ROWS; r++) {
-        floats_t *sums = rows->sums + r * VLMQ_MAX_TOKENS;
-        sums[0] = SAME(0.0f);
-        for (int64_t t = 1; t < n_tokens; t++) sums[t] = SAME(0.0f);
-        if (r >= n_rows) continue;
-        for (int term = 0; term < n_terms; term++)
-            FN(read_scales)(job, plan, &row, term, rows->scales + (term * ROWS + r) * rows->scales_step, sums);
-        row.scales += n_groups * n_terms;
-        row.zeros = row.zeros ? row.zeros + n_groups : NULL;
-        row.n_left -= n_groups;
-    }
-}
-
-/* All sweeps over up to ROWS rows, and their results. */
-VLMQ_TARGET static inline void FN(multiply_few)(const vlmq_job *job, int64_t first, int64_t n_rows, FN(rows) *rows,
-                                                uint8_t *copies) {
-    const vlmq_plan *plan = job->plan;
-    const vlmq_layer *layer = job->layer;
-    const int64_t n_tokens = job->n_tokens;
-    rows->codes = layer->qweight + first * plan->row_bytes;
-    rows->codes_step = plan->row_bytes;
-    if (leaves_tensor(layer, first + n_rows - 1)) {
-        rows->codes = copy_rows(layer, first, n_rows, copies);
-        rows->codes_step = padded_row(plan);
-    }
-    for (int i = 0; i < plan->n_sweeps; i++)
-        FN(sweep_of)(&plan->sweeps[i])(plan, &plan->sweeps[i], rows, n_rows, job->images, n_tokens);
-    for (int64_t t = 0; t < n_tokens; t++) {
-        float totals[ROWS];
-        const floats_t *sums = rows->sums + t;
-        FOUR_TOTALS(totals, sums[0], sums[VLMQ_MAX_TOKENS], sums[2 * VLMQ_MAX_TOKENS], sums[3 * VLMQ_MAX_TOKENS]);
-        if (layer->bias)
-            for (int64_t r = 0; r < n_rows; r++) totals[r] += float_at(layer->bias, first + r, layer->bias_dtype);
-        store_floats(job->out, t * layer->out_features + first, job->dtype, totals, n_rows);
-    }
-}
-
-/* Scales are read one step before they are used: a load that spans two fresh stores would wait for both. */
 VLMQ_TARGET static void FN(multiply_rows)(void *job_, int64_t chunk, int worker) {
     const vlmq_job *job = job_;
+    const vlmq_plan *plan = job->plan;
+    const vlmq_layer *layer = job->layer;
     vlmq_scratch scratch = scratch_of(job, worker);
-    int64_t n_spans = padded_spans(job->plan), n_floats = job->plan->format.n_terms * ROWS * n_spans;
-    int64_t first = chunk * job->chunk_rows, end = min_int64(job->n_rows, first + job->chunk_rows);
-    floats_t sums[2 * ROWS * VLMQ_MAX_TOKENS];
-    FN(rows) rows[2] = {{NULL, scratch.scales, sums, 0, n_spans},
-                        {NULL, scratch.scales + n_floats, sums + ROWS * VLMQ_MAX_TOKENS, 0, n_spans}};
-    memset(scratch.scales, 0, (size_t)(2 * n_floats) * sizeof(float));
-    FN(read_rows)(job, first, min_int64(ROWS, end - first), &rows[0]);
-    for (int now = 0; first < end; first += ROWS, now = !now) {
-        if (first + ROWS < end) FN(read_rows)(job, first + ROWS, min_int64(ROWS, end - first - ROWS), &rows[!now]);
-        FN(multiply_few)(job, first, min_int64(ROWS, end - first), &rows[now], scratch.row);
+    float totals[VLMQ_MAX_TOKENS * PIECE];
+    int64_t end = min_int64(job->n_rows, (chunk + 1) * job->chunk_rows);
+    const FN(sweeps) *run = plan->group_size ? FN(sweeps_of)(plan) : FN(channel_sweeps_of)(plan);
+    for (int64_t first = chunk * job->chunk_rows; first < end; first += PIECE) {
+        const int64_t n_rows = min_int64(PIECE, end - first);
+        int64_t n_fours = job->n_tokens == 1 ? n_rows / ROWS * ROWS : 0;
+        while (n_fours && leaves_tensor(layer, first + n_fours - 1)) n_fours -= ROWS;
+        for (int64_t t = 0; t < job->n_tokens; t++) memset(totals + t * PIECE, 0, (size_t)n_rows * sizeof(float));
+        for (int term = 0; term < plan->format.n_terms; term++) {
+            const vlmq_sweep *sweep = &plan->sweeps[term];
+            if (n_fours) run->fours(job, sweep, first, n_fours, totals);
+            if (n_fours < n_rows)
+                run->ones(job, sweep, first + n_fours, n_rows - n_fours, scratch.row, totals + n_fours);
+        }
+        for (int64_t t = 0; t < job->n_tokens; t++) {
+            float *row = totals + t * PIECE;
+            if (layer->bias)
+                for (int64_t r = 0; r < n_rows; r++) row[r] += float_at(layer->bias, first + r, layer->bias_dtype);
+            store_floats(job->out, t * layer->out_features + first, job->dtype, row, n_rows);
+        }
     }
 }
 

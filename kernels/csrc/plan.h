@@ -11,7 +11,8 @@
  * has four steps as two bits have.
  *
  * A row is swept once, or twice: 3 bits as a part of 2 bits and one of 1 bit (times 4), 8 bits as two nibbles
- * (times 16) where the dot products of the machine take no more, formats of two terms once for each term through a table of 16 bytes.
+ * (times 16) where the dot products of the machine take no more, both in one pass over the scales; formats of two
+ * terms once for each term through a table of 16 bytes.
  *
  * The last, shorter block has a lane count of its own, so its groups fall anywhere: its activations are laid
  * once for each of its groups, with zeros for the codes of other groups. Zeros also stand where a vector
@@ -37,11 +38,12 @@ typedef struct {
     int64_t offset;      /* of the sweep's part in a row */
     int64_t tail_offset; /* of the shorter block in a row */
     int64_t n_vectors, n_tail_vectors;
+    int64_t run;         /* vectors of run_groups groups; of a channel, all */
     int64_t x, tail_x, x_scales; /* bytes into a token's image */
     int64_t tail_x_stride;       /* bytes for one group of the tail */
     int lays_x;                  /* 0: it shares the activations of the sweep before */
     int32_t pick[MAX_UNITS][MAX_LANES];
-    int32_t *first_group;        /* (n_vectors): pick counts from here */
+    int32_t *first_group;        /* (n_vectors): pick counts from here; within its run of groups */
     int32_t chunk_at[2][16];     /* where 8 codes of an even and an odd block lie */
     int32_t tail_at[BLOCK];      /* where a code of the tail lies, in the image of its group */
 } vlmq_sweep;
@@ -54,6 +56,7 @@ struct vlmq_plan {
     int64_t group_size;                         /* as stored, 0 for a channel */
     int64_t span;                               /* codes to a scale in the kernel: a channel is cut in blocks */
     int64_t n_groups;                           /* stored */
+    int64_t run_groups;                         /* whose scales a kernel holds at a time: 8 or 16 */
     int64_t n_spans, n_tail_spans, tail_span;   /* n_spans includes those of the tail */
     int64_t token_bytes, tail_scale, span_sums; /* the image of a token; bytes into it */
     int n_sweeps;
@@ -121,7 +124,9 @@ static int plan_groups(vlmq_plan *plan, vlmq_sweep *sweep) {
         }
         for (int u = 0; u < MAX_UNITS; u++)
             for (int e = 0; e < MAX_LANES; e++) sweep->pick[u][e] = pick[u][e] < 0 ? 0 : pick[u][e];
-        if (fits) return 1;
+        if (!fits) continue;
+        for (int64_t v = 0; v < sweep->n_vectors; v++) sweep->first_group[v] %= (int32_t)plan->run_groups;
+        return 1;
     }
     return 0;
 }
@@ -141,6 +146,8 @@ static int plan_sweep(vlmq_plan *plan, vlmq_sweep *sweep) {
     if (tail_reach > plan->row_reach) plan->row_reach = tail_reach;
     sweep->first_group = malloc(sizeof(int32_t) * (size_t)(sweep->n_vectors + 1));
     if (!sweep->first_group || !plan_groups(plan, sweep)) return 0;
+    int64_t run_bytes = plan->run_groups * plan->span * sweep->bits / 8;
+    sweep->run = plan->group_size ? run_bytes / sweep->load_bytes : sweep->n_vectors;
     for (int64_t k = 0; k < 2 * BLOCK; k += 8) {
         vlmq_place p = place_in_block(sweep, width, k / BLOCK * 16 * sweep->bits, BLOCK, k % BLOCK);
         sweep->chunk_at[k / BLOCK][k % BLOCK / 8] = offset_in_image(sweep, width, p);
@@ -172,7 +179,7 @@ static void plan_image(vlmq_plan *plan) {
         at = round_up(at + sweep->n_vectors * plan->width, 64);
     }
     plan->span_sums = at;
-    plan->tail_scale = at += (int64_t)sizeof(float) * round_up(plan->n_spans + 1, PAD_FLOATS);
+    plan->tail_scale = at += (int64_t)sizeof(float) * round_up(plan->n_spans, PAD_FLOATS);
     plan->token_bytes = at + 64;
 }
 
@@ -225,6 +232,7 @@ static vlmq_plan *plan_create(const vlmq_format *format, int64_t in_features, in
     plan->n_tail = in_features % BLOCK;
     plan->group_size = group_size;
     plan->span = group_size ? group_size : BLOCK;
+    plan->run_groups = width == 32 ? 8 : 16;
     plan->n_groups = group_size ? (in_features + group_size - 1) / group_size : 1;
     plan->n_spans = (in_features + plan->span - 1) / plan->span;
     plan->tail_span = plan->n_blocks * (BLOCK / plan->span);

@@ -37,10 +37,12 @@ VLMQ_TARGET static float FN(round_block)(const float *values, int64_t n, int8_t 
 
 VLMQ_TARGET static void FN(sum_spans)(const vlmq_plan *plan, int64_t start, int64_t n, const int8_t *codes,
                                       float scale, float *sums) {
+    /* Those of a channel share one scale: only their total counts. */
+    int64_t n_sums = plan->group_size ? plan->n_spans : plan->width / 4;
     for (int64_t k = 0; k < n; k += plan->span) {
         int32_t sum = 0;
         for (int64_t i = k; i < min_int64(n, k + plan->span); i++) sum += codes[i];
-        sums[(start + k) / plan->span] = scale * (float)sum;
+        sums[(start + k) / plan->span % n_sums] += scale * (float)sum;
     }
 }
 
@@ -86,6 +88,6 @@ VLMQ_TARGET static void FN(quantize_token)(void *job_, int64_t token, int worker
         for (int i = 0; i < plan->n_sweeps; i++)
             if (plan->sweeps[i].lays_x)
                 FN(lay_block)(plan, &plan->sweeps[i], start / BLOCK, codes, scale, image);
-        if (n < BLOCK) *tail_scale = scale;
+        for (int i = 0; n < BLOCK && i < plan->width / 4; i++) tail_scale[i] = scale;
     }
 }

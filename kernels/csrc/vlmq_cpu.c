@@ -143,9 +143,11 @@ static int run_jobs(vlmq_jobs *jobs, int n_threads, int64_t n_tokens) {
     n_threads = is_small || n_threads < 1 ? 1 : n_threads < VLMQ_MAX_THREADS ? n_threads : VLMQ_MAX_THREADS;
     int64_t least = MIN_CHUNK_CODES / plan->in_features, even = n_rows / (n_threads * CHUNKS_PER_THREAD);
     int64_t chunk_rows = round_up((least > even ? least : even) + 1, ROWS);
-    int64_t one_scratch = scratch_bytes(plan), image_bytes = first->n_tokens * plan->token_bytes;
+    int64_t one_scratch = scratch_bytes(plan), image_bytes = round_up(first->n_tokens, TOKENS) * plan->token_bytes;
     uint8_t *memory = NULL;
     if (posix_memalign((void **)&memory, 64, (size_t)(image_bytes + n_threads * one_scratch))) return -1;
+    int64_t filled = first->n_tokens * plan->token_bytes;
+    memset(memory + filled, 0, (size_t)(image_bytes - filled));
     for (int i = 0; i < jobs->n_jobs; i++) {
         vlmq_job *job = &jobs->jobs[i];
         job->images = memory;
