@@ -5,7 +5,7 @@ OUT ?= out/demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check types format clean
+.PHONY: demo test check types format docs clean
 
 demo: $(STAMP)  ## the main job on real input, offline once installed: writes $(OUT)/demo.png and the table
 	$(BIN)/vlmq demo --out $(OUT)
@@ -23,6 +23,13 @@ types:
 	@rm -rf build/types && mkdir -p $(addprefix build/types/,vlmq calib kernels eval)
 	@for path in vlmq/* calib kernels eval; do ln -sfn ../../../$$path build/types/vlmq/$${path##*/}; done
 	@ln -sfn ../../pyproject.toml build/types/pyproject.toml
+
+docs: $(BIN)/pdoc  ## tutorials and API reference: build/docs/index.html
+	$(BIN)/python docs/build_site.py build/docs
+
+$(BIN)/pdoc: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	@touch $@
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
