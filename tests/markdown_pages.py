@@ -65,6 +65,23 @@ def fenced_blocks(text: str) -> list[Fenced]:
     return found
 
 
+def broken_links(path: Path) -> list[str]:
+    """The relative links of a page to a file, or a heading of a page, that there is not."""
+    broken = []
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", FENCE.sub("", path.read_text())):
+        name, _, anchor = target.partition("#")
+        there = path.parent / name if name else path
+        if not there.exists() or (anchor and anchor not in _anchors(there.read_text())):
+            broken.append(target)
+    return broken
+
+
+def _anchors(text: str) -> set[str]:
+    """What a link to a heading is called: lower case, no punctuation, a hyphen for each space."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def run_page(path: Path, command: Run | None = None) -> None:
     """Run a page in the current folder.
 

@@ -3,18 +3,22 @@
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import connect
-from markdown_pages import CommandError, apply_diff, check_output, fenced_blocks, run_page
+from markdown_pages import CommandError, apply_diff, broken_links, check_output, fenced_blocks, run_page
 from packed_models import run_here
 
 from vlmq.eval import round_trip
+from vlmq.eval.easy_vqa_data import demo_model_path, shapes_path
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if fenced_blocks(path.read_text()))
+WITH_LINKS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+QUICK_START = "HuggingFaceTB/SmolVLM-256M-Instruct"
 HUB, CLONE, EXPORT = "push_to_a_hub", "add_a_solver", "export_to_vllm"
 
 
@@ -70,6 +74,32 @@ def test_page_runs(page, tmp_path, monkeypatch, request):
     if page.stem == CLONE:
         clone(work)
     run_page(page, run_python if page.stem == CLONE else None)
+
+
+def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
+    """On the small model and a folder of pictures in place of the hub's model and the user's images."""
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(shapes_path()) as archive:
+        archive.extractall("my_images", [f"calibration/{name}.png" for name in (439, 646)])
+    text = (ROOT / "README.md").read_text()
+    assert text.count(QUICK_START) == 1
+    Path("page.md").write_text(text.replace(QUICK_START, str(demo_model_path())))
+    run_page(Path("page.md"))
+    assert Path("out", "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_point_at_something(page):
+    assert broken_links(page) == []
+
+
+def test_link_to_nothing_is_found(tmp_path):
+    (tmp_path / "b.md").write_text("# One, `two` & Three!\n")
+    page = tmp_path / "a.md"
+    page.write_text(
+        "[x](b.md#one-two--three) [y](c.md) ![z](b.png) [v](b.md#four) [w](#five) [u](https://a.b/c)\n"
+    )
+    assert broken_links(page) == ["c.md", "b.png", "b.md#four", "#five"]
 
 
 def test_every_special_page_is_there():
