@@ -37,6 +37,7 @@ from vlmq.eval.presets import PRESETS, build_preset
 from vlmq.eval.report import Column, Table, as_markdown
 from vlmq.eval.size import disk_bytes, model_size
 from vlmq.eval.smollm2 import commit
+from vlmq.quantization import pack_embeddings
 from vlmq.scheme import parse_scheme
 
 NAME = "llama.cpp"
@@ -133,7 +134,7 @@ def prepare(preset: str, schemes: Sequence[str], folder: Path, report: Callable[
         types = COUNTERPARTS[parse_scheme(scheme).format.name]
         model = build_preset(preset, scheme)
         bits = model_size(model).bits_per_weight
-        vlmq.pack_embeddings(model, EMBEDDINGS)
+        pack_embeddings(model, EMBEDDINGS)
         path = folder / scheme
         vlmq.save(model, path)
         ours.append(Side("vlmq", scheme, EMBEDDINGS, path, bits, types[0]))

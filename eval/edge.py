@@ -25,6 +25,7 @@ from vlmq.eval.easy_vqa_data import as_messages, demo_model_path, load_shapes
 from vlmq.eval.report import as_markdown
 from vlmq.eval.smollm2 import BATCH_SIZE, commit
 from vlmq.eval.smollm2_data import calibration_tokens
+from vlmq.quantization import pack_embeddings
 
 SCHEMES = ("int4-g64", "ternary-g64", "binary-g64")
 EMBEDDINGS = "int8-g64"
@@ -64,7 +65,7 @@ def pack_missing(out: Path, name: str, pack: Callable[[str, Path], None]) -> lis
     folder = out / f"{name}-{SCHEMES[1]}-{EMBEDDINGS}-embeddings"
     if not folder.exists():
         ternary = str(folders[1])
-        model = vlmq.pack_embeddings(vlmq.load(ternary), EMBEDDINGS)
+        model = pack_embeddings(vlmq.load(ternary), EMBEDDINGS)
         vlmq.save(model, folder, AutoProcessor.from_pretrained(ternary))
     return [str(made) for made in (*folders, folder)]
 

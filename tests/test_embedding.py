@@ -21,7 +21,7 @@ TIED = ("internvl", "mistral3")
 
 def pack(model, scheme="int8-g64"):
     found = find_embedding(model)
-    vlmq.pack_embeddings(model, scheme)
+    vlmq.quantization.pack_embeddings(model, scheme)
     return found
 
 
@@ -122,12 +122,12 @@ def test_embeddings_of_a_packed_model_are_packed_as_quantize_does(tmp_path):
     at_once = vlmq.quantize(tiny_models.build("internvl"), batches, "int4-g16", embeddings="int8-g64")
     later = vlmq.quantize(tiny_models.build("internvl"), batches, "int4-g16")
     vlmq.save(later, tmp_path / "packed")
-    later = vlmq.pack_embeddings(vlmq.load(tmp_path / "packed"))
+    later = vlmq.quantization.pack_embeddings(vlmq.load(tmp_path / "packed"))
     states = at_once.state_dict(), later.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     with pytest.raises(ValueError, match="found QuantEmbedding"):
-        vlmq.pack_embeddings(later)
+        vlmq.quantization.pack_embeddings(later)
 
 
 def test_a_refused_embedding_is_found_before_any_work():

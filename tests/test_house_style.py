@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import vlmq
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for top in ("vlmq", "calib", "kernels", "eval", "tests") for p in (ROOT / top).rglob("*.py"))
 MAX_LINES = {"kernels": 400, "tests": 400}
@@ -32,3 +34,8 @@ def test_file_keeps_to_the_limits(path):
         assert [n.lineno for n in excepts if names(n.type) & BROAD] == [], "broad except"
     if top != "tests" and str(path.relative_to(ROOT)) not in MAY_READ_ENVIRONMENT:
         assert [n.lineno for n in attributes if n.attr in {"environ", "getenv"}] == [], "environment variable"
+
+
+def test_few_names_at_the_top_and_all_of_them_there():
+    assert len(vlmq.__all__) <= 8
+    assert [name for name in vlmq.__all__ if not hasattr(vlmq, name)] == []

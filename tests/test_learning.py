@@ -148,7 +148,7 @@ def test_a_diverging_loss_stops_and_keeps_the_start():
 
 
 def test_only_the_layers_whose_recipe_says_so_are_learned():
-    overrides = {"*.mlp.*": vlmq.Scheme(vlmq.scheme.get_format("int4"), 16, "rtn")}
+    overrides = {"*.mlp.*": vlmq.scheme.Scheme(vlmq.scheme.get_format("int4"), 16, "rtn")}
     model, epochs = learned(solver="rtn+learned", n_batches=8, overrides=overrides)
     plain, _ = learned(solver="rtn", n_batches=8, overrides=overrides)
     assert epochs
@@ -196,6 +196,6 @@ def test_wrong_settings_are_refused_by_the_plan(arguments, message):
 def test_a_single_batch_and_mixed_options_are_refused_before_any_work():
     with pytest.raises(ValueError, match="at least 2 calibration batches, one of them to hold out; got 1"):
         learned(n_batches=1)
-    scheme = vlmq.Scheme(vlmq.scheme.get_format("int4"), 16, "learned", {"n_epochs": 2})
+    scheme = vlmq.scheme.Scheme(vlmq.scheme.get_format("int4"), 16, "learned", {"n_epochs": 2})
     with pytest.raises(ValueError, match="layers of a block are learned together"):
         learned(overrides={"*.down_proj": scheme})

@@ -11,16 +11,13 @@ from vlmq.checkpoint import load, save
 from vlmq.distillation import distill
 from vlmq.hub import push
 from vlmq.planning import plan
-from vlmq.quantization import pack_embeddings, quantize
-from vlmq.scheme import Scheme
+from vlmq.quantization import quantize
 
 __all__ = [
-    "Scheme",
     "calib",
     "distill",
     "eval",
     "load",
-    "pack_embeddings",
     "plan",
     "push",
     "quantize",

@@ -38,7 +38,7 @@ def read(path):
 )
 def test_the_file_holds_the_weights_of_the_packed_model(preset, scheme, layer_type, tmp_path):
     model = build_preset(preset, scheme)
-    vlmq.pack_embeddings(model, "int8-g64")
+    vlmq.quantization.pack_embeddings(model, "int8-g64")
     write_gguf(model, layer_type, tmp_path / "model.gguf")
     tensors, types, _ = read(tmp_path / "model.gguf")
     assert len(tensors) == 3 + 2 * (len(LAYERS) + 2)

@@ -88,7 +88,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 def test_packed_embeddings_are_written_in_full_precision(tmp_path):
     pytest.importorskip("compressed_tensors")
     model = packed("llama", ("int4-sym-g16",), torch.float32)
-    vlmq.pack_embeddings(model, "int8-g64")
+    vlmq.quantization.pack_embeddings(model, "int8-g64")
     export_model(model, "compressed-tensors", tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert torch.equal(logits(loaded, "llama"), logits(dequantized(model), "llama"))

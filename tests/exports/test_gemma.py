@@ -62,7 +62,7 @@ def test_a_layer_of_one_group_has_one_scale_per_channel(tmp_path):
 
 def test_packed_embeddings_are_written_in_full_precision(tmp_path):
     model = packed("llama", ("ternary-channel",), torch.float32)
-    vlmq.pack_embeddings(model, "int8-g64")
+    vlmq.quantization.pack_embeddings(model, "int8-g64")
     export_model(model, "gemma", tmp_path / "out")
     loaded = auto_class("llama").from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert torch.equal(logits(loaded, "llama"), logits(copy.deepcopy(model).dequantize(), "llama"))

@@ -114,7 +114,7 @@ def test_transformers_reads_the_same_tokenizer(words, tmp_path):
 
 def test_tied_and_packed_embeddings(tmp_path):
     model = packed_text("llama", tie_word_embeddings=True)
-    vlmq.pack_embeddings(model, "int8-sym-g64")
+    vlmq.quantization.pack_embeddings(model, "int8-sym-g64")
     export_model(model, "gguf", tmp_path / "out", byte_level())
     tensors, types, _ = read_file(tmp_path / "out" / "model.gguf")
     assert "output.weight" not in tensors
@@ -124,7 +124,7 @@ def test_tied_and_packed_embeddings(tmp_path):
 
 def test_embeddings_that_no_block_can_say_are_written_in_the_models_dtype(tmp_path):
     model = packed_text("llama")
-    vlmq.pack_embeddings(model, "int4-g32")
+    vlmq.quantization.pack_embeddings(model, "int4-g32")
     export_model(model, "gguf", tmp_path / "out", byte_level())
     tensors, types, _ = read_file(tmp_path / "out" / "model.gguf")
     assert types["token_embd.weight"] == types["output.weight"] == "F32"
