@@ -28,7 +28,8 @@ IMAGE_ID_NAMES = (
     "video_context_token_id",
 )
 IGNORED_LABEL = -100
-MODEL_INPUT_NAMES = frozenset({"input_ids", "inputs_embeds", "pixel_values"})
+PICTURE_NAMES = ("pixel_values", "flattened_patches")
+MODEL_INPUT_NAMES = frozenset({"input_ids", "inputs_embeds", *PICTURE_NAMES})
 
 
 def as_batches(calib_data: Any, model: nn.Module) -> list[CalibBatch]:
@@ -107,8 +108,8 @@ def token_kinds(
     """The kind of each token, see the module.
 
     Args:
-        inputs: model inputs; without input_ids and inputs_embeds (a vision model) there are no tokens to tell
-            apart.
+        inputs: model inputs; without input_ids and inputs_embeds (a vision model, or pictures read by a
+            decoder) there are no tokens to tell apart.
         image_ids: the ids of tokens that stand for visual features.
         labels: (rows, n_tokens) or None.
         where: names the batch in messages.
@@ -122,7 +123,8 @@ def token_kinds(
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     tokens = embeds if ids is None else ids
     if tokens is None:
-        return torch.zeros(len(inputs["pixel_values"]), 0, dtype=torch.int8)
+        picture = next(inputs[name] for name in PICTURE_NAMES if name in inputs)
+        return torch.zeros(len(picture), 0, dtype=torch.int8)
     shape = tokens.shape if ids is not None else tokens.shape[:2]
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{where}: expected input_ids (rows, n_tokens), got shape {tuple(shape)}")

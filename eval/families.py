@@ -29,13 +29,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vlmq.families import Layout
+from vlmq.families.kept import NEVER_RUN, TIED
 from vlmq.planning import plan
 
 IMAGE_TEXT = "image-text"
 DUAL = "dual encoder"
 LEAST_SHARE = 0.9
 CANNOT_BUILD = (ImportError, TypeError, ValueError, KeyError, AttributeError, IndexError)
-HEAD = ("lm_head", "embedding-tied")
+LEFT_OUT = ("lm_head", TIED, NEVER_RUN)
 TABLES: dict[str, Any] = {
     IMAGE_TEXT: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     DUAL: MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -174,7 +175,7 @@ def _linear_share(layout: Layout, quantized: set[str]) -> float:
     linears = sum(
         info.n_parameters
         for info in layout.linears.values()
-        if info.kept not in HEAD and info.part != "projector"
+        if info.kept not in LEFT_OUT and info.part != "projector" and info.repeats is None
     )
     experts = sum(expert.n_parameters for expert in layout.experts)
     n_quantized = sum(info.n_parameters for name, info in layout.linears.items() if name in quantized)

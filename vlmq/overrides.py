@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from vlmq.calib.saliency_residual import attention_modules, attention_of
 from vlmq.families import PARTS, Layout
+from vlmq.families.kept import FIXED_REASONS
 from vlmq.families.layout import ALREADY_QUANTIZED
 from vlmq.scheme import Scheme
 
 HALVES = ("attention", "ffn")
 PRESETS: dict[str, dict[str, str | Scheme | None]] = {"Q-ALL": {}, "Q-FFN": {"attention": None}}
-FIXED_REASONS = ("router", "multihead attention", "embedding-tied", "subclass of nn.Linear")
 
 
 def read_overrides(

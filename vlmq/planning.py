@@ -19,6 +19,7 @@ from vlmq.attach import earlier_quantizer
 from vlmq.embedding import Embedding, find_embedding
 from vlmq.families import Layout, describe
 from vlmq.families.coverage import Share, describe_kept, shares
+from vlmq.families.kept import SHARED
 from vlmq.families.layout import ALREADY_QUANTIZED
 from vlmq.formats import n_groups
 from vlmq.kernels.packing import row_bytes
@@ -101,6 +102,11 @@ class Plan:
             lines.append(
                 f"{share:.1%} of all parameters are experts in 3-D tensors of a layout that is NOT quantized: {names}"
                 + (" ..." if len(self.layout.experts) > 3 else "")
+            )
+        shared = [f for f in self.shares() if f.what == SHARED]
+        if shared:
+            lines.append(
+                f"{shared[0].share:.1%} of all parameters are weights that layers share: NOT quantized"
             )
         return lines
 

@@ -62,6 +62,14 @@ def test_the_results_cover_what_was_aimed_for():
     assert all(r["linear_share"] >= families.LEAST_SHARE for r in ROWS.values() if "problem" not in r)
 
 
+def test_the_shares_of_a_family_sum_up_to_one():
+    built = [row for row in ROWS.values() if "rest" in row]
+    assert len(built) > 100
+    for row in built:
+        assert 0 < row["share"] < 1
+        assert row["share"] + sum(row["rest"].values()) == pytest.approx(1)
+
+
 def test_the_table_is_the_one_of_the_results():
     rows = [FamilyRow(**{"problem": None, **row}) for row in KNOWN["families"]]
     page = (RESULTS.parents[2] / "docs" / "families.md").read_text()

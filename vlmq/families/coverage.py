@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from vlmq.families.layout import ALREADY_QUANTIZED, TIED, Layout
+from vlmq.families.kept import TIED
+from vlmq.families.layout import ALREADY_QUANTIZED, Layout
 from vlmq.families.outside import EMBEDDINGS
 
 QUANTIZED = "quantized"
@@ -17,7 +18,8 @@ class Share:
     Attributes:
         what: "quantized", or what they are, or why the layers are kept.
         n_layers: linear layers among them.
-        n_parameters: their number; those of a tied weight count with the embeddings.
+        n_parameters: their number; those of a tied weight count with the embeddings, or with the first layer
+            that holds it.
         share: of all parameters of the model.
     """
 
@@ -45,9 +47,9 @@ def shares(
     layers: dict[str, list[int]] = {}
     for name, info in layout.linears.items():
         is_quantized = name in quantized
-        is_embedding = info.kept == TIED and not is_quantized
+        is_elsewhere = (info.kept == TIED and not is_quantized) or info.repeats is not None
         what = QUANTIZED if is_quantized else kept[name]
-        layers.setdefault(what, []).append(0 if is_embedding else info.n_parameters)
+        layers.setdefault(what, []).append(0 if is_elsewhere else info.n_parameters)
     counted = {what: [len(sizes), sum(sizes)] for what, sizes in layers.items()}
     counted |= {what: [0, n] for what, n in layout.others.items()}
     first = counted.pop(QUANTIZED, [0, 0])

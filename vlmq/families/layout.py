@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmq.families.experts import is_fused, layers_of
+from vlmq.families.kept import SHARED, prefixes, why_kept
 from vlmq.families.outside import is_foreign_expert, outside_linears
 from vlmq.families.packed import (
     count_parameters,
@@ -26,7 +27,6 @@ from vlmq.families.packed import (
 from vlmq.families.parts import AUDIO, is_projector_name, part_of
 
 ALREADY_QUANTIZED = "already quantized"
-TIED = "embedding-tied"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class LinearInfo:
         out_features: outputs.
         n_bytes: bytes of its weight, as it is stored now.
         experts: path of the fused experts that it is a part of; None if it is a module of its own.
+        repeats: path of the layer before it whose weight it shares, and which counts for both; None if there is none.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LinearInfo:
     out_features: int
     n_bytes: int
     experts: str | None = None
+    repeats: str | None = None
 
     @property
     def n_parameters(self) -> int:
@@ -190,65 +192,45 @@ def _find_towers(blocks: tuple[BlockSpec, ...]) -> Iterator[BlockSpec]:
 
 def _find_linears(model: PreTrainedModel, blocks: tuple[BlockSpec, ...]) -> Iterator[LinearInfo]:
     part_of_block = {block.name: block.part for block in blocks}
+    first = _first_of_shared(model)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) and not is_packed(module) and not is_fused(module):
             continue
-        block = next((b for b in _prefixes(name) if b in part_of_block), None)
+        block = next((b for b in prefixes(name) if b in part_of_block), None)
         part = part_of_block[block] if block is not None else part_of(model, name, module)
         if is_packed(module):
             kept = f"{ALREADY_QUANTIZED} to {scheme_name(module)}"
             sizes = module.in_features, module.out_features, stored_bytes(module)
             yield LinearInfo(name, part, block, kept, *sizes)
         elif isinstance(module, nn.Linear):
-            kept, weight = _kept(model, name, module, part, block), module.weight
+            weight = module.weight
+            owner = first.get(id(weight))
+            kept = why_kept(model, name, module, part, block) if owner is None else SHARED
             out_features, in_features = weight.shape
-            n_bytes = weight.numel() * weight.element_size()
-            yield LinearInfo(name, part, block, kept, in_features, out_features, n_bytes)
+            sizes = in_features, out_features, weight.numel() * weight.element_size()
+            repeats = None if owner == name else owner
+            yield LinearInfo(name, part, block, kept, *sizes, repeats=repeats)
         else:
             kept = None if block is not None else "outside the blocks"
+            owner = first.get(id(module.down_proj))
+            kept = kept if owner is None else SHARED
             for layer in layers_of(module):
-                path = f"{name}.{layer.expert}.{layer.projection}"
+                path = f"{layer.expert}.{layer.projection}"
                 sizes = layer.in_features, layer.out_features, layer.n_bytes
-                yield LinearInfo(path, part, block, kept, *sizes, experts=name)
+                repeats = None if owner in (None, name) else f"{owner}.{path}"
+                yield LinearInfo(f"{name}.{path}", part, block, kept, *sizes, experts=name, repeats=repeats)
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    components = name.split(".")
-    return (".".join(components[:depth]) for depth in range(1, len(components)))
-
-
-def _kept(model: PreTrainedModel, name: str, module: nn.Linear, part: str, block: str | None) -> str | None:
-    """Why a linear layer stays in full precision by default, or None."""
-    parents = [model.get_submodule(prefix) for prefix in _prefixes(name)]
-    if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
-        return "multihead attention"
-    if _is_router(name, module, parents[-1] if parents else model):
-        return "router"
-    if type(module) is not nn.Linear:
-        return f"subclass of nn.Linear ({type(module).__name__})"
-    if block is not None:
-        return "projector (off by default)" if part == "projector" else None
-    if any(module.weight is m.weight for m in model.modules() if isinstance(m, nn.Embedding)):
-        return TIED
-    if module is model.get_output_embeddings() or name.rpartition(".")[2] == "lm_head":
-        return "lm_head"
-    if "patch" in name:
-        return "patch embedding"
-    if part == "projector" and "." not in name:
-        return "projection head"
-    if part == "projector":
-        return "projector (off by default)"
-    return "audio tower" if part == AUDIO else "outside the blocks"
-
-
-def _is_router(name: str, module: nn.Linear, parent: nn.Module) -> bool:
-    last = name.rpartition(".")[2]
-    has_experts = any("experts" in key for key, _ in parent.named_children())
-    return (
-        "router" in name.lower()
-        or type(module).__name__.endswith("Router")
-        or (last in ("gate", "shared_expert_gate") and has_experts)
-    )
+def _first_of_shared(model: PreTrainedModel) -> dict[int, str]:
+    """id of each weight that several linear layers or fused experts hold, no embedding -> path of the first of them."""
+    owners: dict[int, list[str]] = {}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            owners.setdefault(id(module.weight), []).append(name)
+        elif is_fused(module):
+            owners.setdefault(id(module.down_proj), []).append(name)
+    return {key: names[0] for key, names in owners.items() if len(names) > 1 and key not in tables}
 
 
 def _find_experts(model: PreTrainedModel) -> Iterator[ExpertInfo]:

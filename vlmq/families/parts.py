@@ -2,7 +2,7 @@
 
 A family is data here, never a copy of its forward: the words cover the families of transformers, and the last
 word of a path that says something decides (`model.encoder.vision_tower.encoder.layers` is vision). `EXCEPTIONS` names
-the paths that they do not say.
+the paths that they do not say, `NEVER_RUN` what no input reaches.
 """
 
 import re
@@ -29,6 +29,10 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "Emu3ForConditionalGeneration": {"model.vqmodel": "vision"},
     "Emu3Model": {"vqmodel": "vision"},
 }
+# Class of the model -> modules that its forward never runs: BLIP's text encoder is handed no image in a dual encoder.
+NEVER_RUN: dict[str, re.Pattern[str]] = {
+    "BlipModel": re.compile(r"text_model\.encoder\.layer\.\d+\.crossattention\."),
+}
 _CLASS = re.compile(r"Vision|Visual|ViT|Image")
 _DECODER_CLASS = re.compile(r"Decoder|CausalLM|ConditionalGeneration")
 
@@ -36,6 +40,12 @@ _DECODER_CLASS = re.compile(r"Decoder|CausalLM|ConditionalGeneration")
 def is_projector_name(name: str) -> bool:
     """Whether the last component of a path names a bridge from image features to the language model."""
     return _PROJECTOR.search(name.rpartition(".")[2]) is not None
+
+
+def never_run(model: PreTrainedModel, name: str) -> bool:
+    """Whether the module at path `name` is there but never run by a model of this class."""
+    pattern = NEVER_RUN.get(type(model).__name__)
+    return pattern is not None and pattern.match(name) is not None
 
 
 def part_of(model: PreTrainedModel, name: str, module: nn.Module) -> str:
