@@ -197,7 +197,7 @@ def _mistral3() -> PreTrainedConfig:
     )
 
 
-_DUAL_TEXT = {
+DUAL_TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -211,7 +211,7 @@ _DUAL_TEXT = {
 
 def _clip() -> PreTrainedConfig:
     return hf.CLIPConfig(
-        text_config={**_DUAL_TEXT, "max_position_embeddings": 64, "projection_dim": 32},
+        text_config={**DUAL_TEXT, "max_position_embeddings": 64, "projection_dim": 32},
         vision_config={**VISION, "projection_dim": 32},
         projection_dim=32,
     )
@@ -219,7 +219,7 @@ def _clip() -> PreTrainedConfig:
 
 def _siglip() -> PreTrainedConfig:
     return hf.SiglipConfig(
-        text_config={**_DUAL_TEXT, "max_position_embeddings": 16, "projection_size": 32}, vision_config=VISION
+        text_config={**DUAL_TEXT, "max_position_embeddings": 16, "projection_size": 32}, vision_config=VISION
     )
 
 
