@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -344,3 +345,8 @@ def test_a_second_run_on_a_packed_folder_adds_the_other_part(run, packed):
 
 def test_a_wrong_option_is_exit_code_2(run):
     assert run("quantize", "model", "out", "--nonsense")[0] == 2
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"vlmq {metadata.version('vlmq')}\n")

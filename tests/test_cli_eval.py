@@ -54,6 +54,10 @@ def test_zero_shot_and_retrieval_beside_the_original(run):
     ("arguments", "message"),
     [
         (("clip", "--zero-shot", "images", "--template", "a photo"), "expected one {} for the class"),
+        (
+            ("no/such/model", "--zero-shot", "images"),
+            "model 'no/such/model' is no folder here, nor on the hub",
+        ),
         (("clip", "--zero-shot", "gone"), "'gone' is neither a folder, nor a file"),
         (("clip", "--retrieval", "images"), "expected a caption in a column of caption"),
         (("llava", "--zero-shot", "images"), "need a dual encoder such as CLIP or SigLIP, got Llava"),

@@ -4,6 +4,7 @@ Nothing is decided here: each command opens what it is given, calls one function
 --json, a JSON object on stdout. Whatever the user can put right ends with one line on stderr and exit code 2.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,6 @@ from vlmq.families.coverage import shares_of_packed
 DEMO_FOLDER = Path("vlmq-demo")
 
 app = typer.Typer(
-    help="Low-bit quantization of vision-language models, weighted by token saliency.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +32,22 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 Seed = Annotated[int, typer.Option(help="The same seed on the same machine gives the same packed bytes.")]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"vlmq {version('vlmq')}")
+        raise typer.Exit
+
+
+@app.callback()
+def version_option(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Low-bit quantization of vision-language models, weighted by token saliency."""
 
 
 app.command("quantize")(quantize_command)

@@ -47,7 +47,12 @@ def open_empty(path_or_id: str, *, trust_remote_code: bool = False) -> PreTraine
 
 
 def open_processor(path_or_id: str, *, trust_remote_code: bool = False) -> Any:
-    """Load the model's processor; a tokenizer where the model has nothing else."""
+    """Load the model's processor; a tokenizer where the model has nothing else.
+
+    Raises:
+        OSError: there is no such model; the message names what was asked for.
+    """
+    checkpoint.open_config(path_or_id, trust_remote_code=trust_remote_code)
     return AutoProcessor.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
 
 
