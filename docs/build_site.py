@@ -42,7 +42,9 @@ PUBLIC = (
     "vlmq.kernels.reference",
     "vlmq.linear",
     "vlmq.planning",
+    "vlmq.quantization",
     "vlmq.report",
+    "vlmq.scheme",
     "vlmq.solvers",
 )
 
@@ -82,11 +84,10 @@ def build(out: Path) -> list[Path]:
     warnings.filterwarnings(
         "ignore", message=".*libvlmq_cpu"
     )  # a library of C, which pdoc takes for a module
-    pdoc.render.configure(docformat="google", search=True, math=False)
-    modules = {name: pdoc.doc.Module(import_module(name)) for name in PUBLIC}
-    for page in sorted(HERE.rglob("*.md")):
-        found = as_module(page)
-        modules[found.fullname] = found
+    pdoc.render.configure(docformat="google", search=True, math=False, template_directory=HERE / "templates")
+    pages = [as_module(page) for page in sorted(HERE.rglob("*.md"))]
+    modules = {module.fullname: module for module in pages}
+    modules |= {name: pdoc.doc.Module(import_module(name)) for name in PUBLIC}
     written = []
     for name, module in modules.items():
         path = out / f"{name.replace('.', '/')}.html"
