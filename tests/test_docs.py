@@ -1,5 +1,7 @@
-"""Every fenced block of the tutorials runs and prints what the page shows; and a block can fail."""
+"""Every fenced block of README and tutorials runs and prints what the page shows; links and paths lead somewhere."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,21 +78,35 @@ def test_page_runs(page, tmp_path, monkeypatch, request):
     run_page(page, run_python if page.stem == CLONE else None)
 
 
-def test_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
-    """On the small model and a folder of pictures in place of the hub's model and the user's images."""
+@pytest.mark.usefixtures("hub")
+def test_readme_runs(tmp_path, monkeypatch):
+    """On the small model and a few pictures in place of the hub's model and the user's data."""
+    pytest.importorskip("compressed_tensors")
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile(shapes_path()) as archive:
         archive.extractall("my_images", [f"calibration/{name}.png" for name in (439, 646)])
+        questions = archive.read("test.jsonl").decode().splitlines()[:2]
+        archive.extractall(".", [json.loads(line)["image"] for line in questions])
+    Path("questions.jsonl").write_text("\n".join(questions))
     text = (ROOT / "README.md").read_text()
+    Path("some.txt").write_text("what color is the shape? " * 300)
     assert text.count(QUICK_START) == 1
-    Path("page.md").write_text(text.replace(QUICK_START, str(demo_model_path())))
+    Path("page.md").write_text(re.sub(rf"{QUICK_START}|\bMODEL\b", str(demo_model_path()), text))
     run_page(Path("page.md"))
-    assert Path("out", "model.safetensors").is_file()
+    for folder in ("out", "OUT", "THERE"):
+        assert Path(folder, "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_point_at_something(page):
     assert broken_links(page) == []
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_that_a_page_names_are_there(page):
+    top = "|".join(("calib", "docs", "eval", "examples", "kernels", "tests", "vlmq"))
+    named = re.findall(rf"`((?:{top})/[^`\s]*)`", page.read_text())
+    assert [path for path in named if not any(ROOT.glob(path))] == []
 
 
 def test_link_to_nothing_is_found(tmp_path):

@@ -1,0 +1,124 @@
+"""The figures of the pages are those of the files in eval/results that a command wrote."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "eval" / "results"
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+SMOLLM2 = ("int4-g64", "int3-g64", "int2-g64", "ternary-g64", "binary-g64")
+SALIENCIES = ("uniform", "loss_grad", "block_grad")
+
+
+def lines(name):
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def rows(page, heading):
+    """The cells of a table, found by the start of its first line."""
+    text = (ROOT / page).read_text()
+    assert text.count(f"\n{heading}") == 1, f"{page} has no table, or several, that begin with {heading!r}"
+    block = text[text.index(f"\n{heading}") + 1 :].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+
+
+def assert_shown(cells, expected, where):
+    """Compare all numbers of some cells with those expected, each as far as its digits go."""
+    shown = NUMBER.findall(" ".join(cells))
+    allowed = [0.51 * 10.0 ** -len(number.partition(".")[2]) for number in shown]
+    assert len(shown) == len(expected), where
+    for number, value, far in zip(shown, expected, allowed, strict=True):
+        assert abs(float(number) - value) <= far, (
+            f"{where}: the page shows {number}, the results file {value}"
+        )
+
+
+def smollm2(scheme):
+    runs = [
+        line
+        for line in lines("smollm2.jsonl")
+        if line["scheme"] == scheme
+        and not line["options"]
+        and (line["settings"]["alpha"], line["settings"]["saliency"]) == (0.5, "uniform")
+        and line["settings"]["solver"] == ["gptq+cd"]
+    ]
+    assert len({line["seed"] for line in runs}) == 3
+    perplexities = [line["perplexity"] for line in runs]
+    return [
+        mean(perplexities),
+        min(perplexities),
+        max(perplexities),
+        runs[0]["true_bits_per_weight"],
+        runs[0]["bytes_on_disk"] / 1e6,
+    ]
+
+
+def demo():
+    record = json.loads((RESULTS / "demo.json").read_text())
+    return {
+        m["model"]: [100 * m["accuracy"], m["answer_nll"], m["bits_per_weight"], m["megabytes"]]
+        for m in record["models"]
+    }
+
+
+def test_readme_shows_what_was_measured():
+    shown = {row[0].strip("`"): row[1:] for row in rows("README.md", "| scheme | perplexity | range |")}
+    small = demo()
+    for scheme in SMOLLM2:
+        assert_shown(shown[scheme][:4], smollm2(scheme), f"README {scheme}")
+    for scheme in small.keys() - {"original"}:
+        assert_shown(shown[scheme][4:], small[scheme][:2], f"README {scheme}, small VLM")
+    assert_shown(shown["original, bfloat16"][4:], small["original"][:2], "README original, small VLM")
+
+
+def test_results_of_both_models():
+    shown = {row[0].strip("`"): row[1:] for row in rows("docs/results.md", "| scheme | perplexity | range |")}
+    for scheme in SMOLLM2:
+        assert_shown(shown[scheme], smollm2(scheme), f"results {scheme}")
+    small = demo()
+    for row in rows("docs/results.md", "| | accuracy | answer NLL |"):
+        assert_shown(row[1:], small[row[0].strip("`")], f"results {row[0]}, small VLM")
+
+
+def test_results_of_saliencies():
+    measured = [line for line in lines("shapes.jsonl") if line["alpha"] == 0.5 and line["solver"] is None]
+    table = rows("docs/results.md", "| scheme | parts | `uniform` |")
+    assert len(table) == 8
+    for scheme, parts, *cells in table:
+        key = scheme.strip("`"), parts
+        expected = [
+            mean(m["nll"] for m in measured if (m["scheme"], m["parts"], m["saliency"]) == (*key, saliency))
+            for saliency in SALIENCIES
+        ]
+        assert_shown(cells, expected, f"saliencies {key}")
+
+
+@pytest.mark.parametrize(("heading", "group"), [("| the embedded model |", 0), ("| SmolLM2-135M |", 1)])
+def test_speed_of_both_models(heading, group):
+    measured = json.loads((RESULTS / "edge.json").read_text())["groups"][group]
+    table = rows("docs/speed.md", heading)
+    assert len(table) == len(measured)
+    for row, m in zip(table, measured, strict=True):
+        quality = (
+            [100 * m["accuracy"], m["answer_nll"]]
+            if group == 0
+            else [m["perplexity"], m["decode_perplexity"]]
+        )
+        expected = [
+            m["tokens_per_second"],
+            m["speedup"],
+            m["weight_megabytes"],
+            m["peak_megabytes"],
+            m["bits_per_weight"],
+            *quality,
+        ]
+        assert_shown(row[1:], expected, f"speed {row[0]}")
+
+
+def test_other_figure_is_found():
+    with pytest.raises(AssertionError, match=r"the page shows 1.25, the results file 1.26"):
+        assert_shown(["1.25"], [1.26], "here")
