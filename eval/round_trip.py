@@ -253,6 +253,7 @@ def _size(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         "n_bytes_before": size.n_parameters * model.dtype.itemsize,
         "n_bytes_on_disk": disk_bytes(folder),
         "true_bits_per_weight": size.bits_per_weight,
+        "disk_bits_per_weight": size.disk_bits_per_weight,
         "bits_per_parameter": size.bits_per_parameter,
         "coverage": size.coverage,
     }

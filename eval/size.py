@@ -1,4 +1,4 @@
-"""What a model weighs: true bits per weight, parameters, bytes.
+"""What a model weighs: true bits per weight, in memory and on disk, parameters, bytes.
 
 Bits count everything that is stored for the quantized layers: codes with their padding, scales, zero points.
 Biases and all other parameters count in full in the figures for the whole model, a tied parameter once.
@@ -11,30 +11,38 @@ from pathlib import Path
 from torch import nn
 
 from vlmq.linear import QuantLinear, true_bits
+from vlmq.stored import disk_bits
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """Size of a model, or of one part of it.
 
-    `n_quantized_weights` weights in `n_quantized_layers` layers are stored in `quantized_bits` bits;
-    `n_parameters` is the number of parameters before quantization, stored in `total_bits` bits now.
+    `n_quantized_weights` weights in `n_quantized_layers` layers are `quantized_bits` bits in
+    memory and `disk_bits` in a checkpoint, where ternary codes are stored in fewer; `n_parameters` is the number of
+    parameters before quantization, which take `total_bits` bits of memory now.
     """
 
     n_quantized_layers: int
     n_quantized_weights: int
     quantized_bits: int
+    disk_bits: int
     n_parameters: int
     total_bits: int
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits per quantized weight; NaN where nothing is quantized."""
+        """True bits per quantized weight, in memory; NaN where nothing is quantized."""
         return self.quantized_bits / self.n_quantized_weights if self.n_quantized_weights else float("nan")
 
     @property
+    def disk_bits_per_weight(self) -> float:
+        """True bits per quantized weight, in a checkpoint; NaN where nothing is quantized."""
+        return self.disk_bits / self.n_quantized_weights if self.n_quantized_weights else float("nan")
+
+    @property
     def bits_per_parameter(self) -> float:
-        """Bits per parameter of everything, quantized or not."""
+        """Bits per parameter of everything, quantized or not, in memory."""
         return self.total_bits / self.n_parameters if self.n_parameters else float("nan")
 
     @property
@@ -54,6 +62,7 @@ def model_size(model: nn.Module) -> ModelSize:
         n_quantized_layers=len(layers),
         n_quantized_weights=n_weights,
         quantized_bits=bits,
+        disk_bits=sum(disk_bits(layer) for layer in layers),
         n_parameters=n_weights + sum(p.numel() for p in rest),
         total_bits=bits + sum(8 * p.numel() * p.element_size() for p in rest),
     )

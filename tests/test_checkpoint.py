@@ -51,7 +51,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Change the tensors of a checkpoint and write them back as one file."""
     tensors = read_tensors(folder)
     change(tensors)
-    for path in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
+    for path in folder.glob("*.safetensors*"):
         path.unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -60,6 +60,13 @@ def set_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def store_as_version_2(folder: Path, model: torch.nn.Module) -> None:
+    """Rewrite a checkpoint with the codes as they lie in memory."""
+    codes = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".qweight")}
+    rewrite(folder, lambda tensors: tensors.update(codes))
+    set_config(folder, format_version=2)
 
 
 @pytest.mark.parametrize("family", ["llava", "clip", "llama"])
@@ -82,7 +89,7 @@ def test_save_writes_shards_reports_and_the_processor(saved, tmp_path):
 
 def test_config_names_layers_calibration_and_version(saved):
     block = json.loads((saved.folder / "config.json").read_text())["quantization_config"]
-    assert block["format_version"] == 2
+    assert block["format_version"] == 3
     assert block["metadata"] == {"seed": 0, "calibration": "none"}
     assert set(block["modules"]["ternary-g16"]) == {
         name for name, m in saved.model.named_modules() if isinstance(m, QuantLinear)
@@ -189,7 +196,7 @@ def test_load_refuses_other_checkpoints(tmp_path):
 
 def test_load_refuses_an_unknown_format_version(folder):
     set_config(folder, format_version=7)
-    with pytest.raises(ValueError, match="format_version 7, this vlmq .* reads 1, 2; upgrade vlmq"):
+    with pytest.raises(ValueError, match="format_version 7, this vlmq .* reads 1, 2, 3; upgrade vlmq"):
         load(folder)
 
 
@@ -199,7 +206,8 @@ def test_load_refuses_layers_that_the_model_lacks(folder):
         load(folder)
 
 
-def test_load_refuses_another_scheme_of_the_same_shape(folder):
+def test_load_refuses_another_scheme_of_the_same_shape(saved, folder):
+    store_as_version_2(folder, saved.model)
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     names, sums = block["modules"]["ternary-g16"], block["checksums"]
     sums["layers"] = {"int2-sym-g16": sums["layers"]["ternary-g16"]}
@@ -247,7 +255,7 @@ def _fill(value: float) -> Callable[[Tensor], Tensor]:
         (_set(f"{UP}.scales", Tensor.int), "float16, the checkpoint holds .* torch.int32"),
         (_set(f"{UP}.scales", _fill(torch.inf)), f"{UP}.scales' holds scales that are not finite"),
         (_set(f"{UP}.scales", _fill(0.25)), f"not as they were saved: {UP};"),
-        (_set(f"{UP}.qweight", _fill(0xC0)), f"{UP}.qweight' holds code 3, ternary has codes 0 to 2"),
+        (_set(f"{UP}.qweight", _fill(0xF3)), f"{UP}.qweight' holds code 3, ternary has codes 0 to 2"),
         (_set(f"{UP}.qweight", _fill(0)), f"not as they were saved: {UP};"),
         (_set("model.norm.weight", _fill(0)), "full-precision tensors are not as they were saved"),
         (lambda t: t.update({f"{UP}.weight": torch.ones(96, 64)}), f"that no format has: {UP}.weight"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from packed_models import auto_class, logits, packed, read_tensors
 from safetensors.torch import save_file
-from test_checkpoint import set_config
+from test_checkpoint import set_config, store_as_version_2
 
 import vlmq
 from vlmq.guard import NOTE, find_guards
@@ -54,6 +54,7 @@ def test_with_vlmq_guards_are_dropped_without_a_word(family, tmp_path, caplog):
 
 
 def test_version_1_without_guards_still_loads(folder):
+    store_as_version_2(folder, vlmq.load(folder))
     tensors = read_tensors(folder)
     kept = {name: t for name, t in tensors.items() if tuple(t.shape) != (1,)}
     assert len(kept) < len(tensors)

@@ -240,7 +240,7 @@ def test_dequantize_after_a_save(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, r"format_version 3, this vlmq \(.*\) reads 1, 2; upgrade"),
+        ({"format_version": 4}, r"format_version 4, this vlmq \(.*\) reads 1, 2, 3; upgrade"),
         ({"format_version": "1"}, "format_version '1'"),
         ({"modules": {}}, "must map scheme names"),
         ({"modules": {"int4-g64": 3}}, "must map scheme names"),

@@ -16,7 +16,7 @@ LAYERS = (
     "siblings",
     "linear | calib | solvers",
     "quantization , block_solving , expert_solving , learning , run , planning , overrides , checkpoint , staging"
-    " , integrity , hf , attach , embedding , opening , progress , distillation , distill_data , distill_loop"
+    " , integrity , stored , hf , attach , embedding , opening , progress , distillation , distill_data , distill_loop"
     " , distill_losses , distill_settings , straight_through , imports , foreign",
     "exports",
     "eval",

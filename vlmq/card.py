@@ -148,6 +148,9 @@ def _opening(base: str | None, config: Mapping[str, Any], block: Mapping[str, An
 def _sizes(block: Mapping[str, Any], checked: RoundTrip) -> str:
     size = checked.size
     layers = "\n".join(f"- `{scheme}`: {len(names)} layers" for scheme, names in block["modules"].items())
+    bits, on_disk = f"{size['true_bits_per_weight']:.3f}", size.get("disk_bits_per_weight")
+    if on_disk not in (None, size["true_bits_per_weight"]):
+        bits += f" in memory, {on_disk:.3f} on disk"
     table = Table(
         "",
         (Column("what", ""), Column("before", "Before"), Column("after", "After")),
@@ -162,7 +165,7 @@ def _sizes(block: Mapping[str, Any], checked: RoundTrip) -> str:
                 f"{8 * size['n_bytes_before'] / size['n_parameters']:.2f}",
                 f"{size['bits_per_parameter']:.3f}",
             ),
-            ("True bits per quantized weight", "", f"{size['true_bits_per_weight']:.3f}"),
+            ("True bits per quantized weight", "", bits),
         ),
     )
     covered = f"{size['coverage']:.1%} of {size['n_parameters']:,} parameters are quantized:"

@@ -11,8 +11,9 @@ gave. `model.save_pretrained`, `push_to_hub` and `from_pretrained` work as well;
 - `push` uploads such a folder as one commit, with a model card.
 
 Format version 1 is: packed layout v1 (`vlmq.kernels.packing`), tensors `qweight`, `scales`, `zeros` per layer, the
-config block, the checksums. Version 2 adds the tensors of `vlmq.guard`, which stop a load without vlmq. A change of
-any of them raises the version, and a reader refuses versions that it does not know.
+config block, the checksums. Version 2 adds the tensors of `vlmq.guard`, which stop a load without vlmq. Version 3
+stores ternary codes five trits a byte (`vlmq.stored`). A change of any of them raises the version, and a reader
+refuses versions that it does not know.
 """
 
 import json

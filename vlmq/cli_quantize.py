@@ -260,6 +260,7 @@ def show_model(
     content = {
         **tables,
         "true_bits_per_weight": size.bits_per_weight,
+        "disk_bits_per_weight": size.disk_bits_per_weight,
         "bits_per_parameter": size.bits_per_parameter,
         "coverage": size.coverage,
         "n_bytes_on_disk": n_bytes,
@@ -267,9 +268,10 @@ def show_model(
         **figures,
     }
     on_disk = "" if n_bytes is None else f"; {n_bytes / 1e6:.1f} MB in {folder}"
+    fewer = f" ({size.disk_bits_per_weight:.3f} on disk)" if size.disk_bits != size.quantized_bits else ""
     covered = f"in {size.n_quantized_layers} layers with {size.coverage:.1%} of all parameters"
     lines = [
-        f"{size.bits_per_weight:.3f} true bits per weight {covered}; "
+        f"{size.bits_per_weight:.3f} true bits per weight{fewer} {covered}; "
         f"{size.bits_per_parameter:.3f} bits per parameter of everything{on_disk}",
         *(f"{key}: {value}" for key, value in metadata.items()),
     ]

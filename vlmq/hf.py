@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import dot_natural_key
+from transformers.core_model_loading import WeightConverter, dot_natural_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -40,10 +40,12 @@ from vlmq.integrity import (
 )
 from vlmq.linear import QuantLinear, link_siblings
 from vlmq.scheme import Scheme, parse_scheme
+from vlmq.stored import conversion, forget_conversion, stored_tensors, unpack_layers
 
 QUANT_METHOD = "vlmq"
-FORMAT_VERSION = 2
-KNOWN_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+KNOWN_VERSIONS = (1, 2, 3)
+FIRST_WITH_TRITS = 3
 
 
 class VlmqConfig(QuantizationConfigMixin):
@@ -162,10 +164,18 @@ class VlmqQuantizer(HfQuantizer):
         known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         model._keys_to_ignore_on_load_unexpected = known | patterns(*_guarded(model, schemes))
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What to do to tensors as they are read, after a family's own conversions."""
+        has_trits = self.quantization_config.format_version >= FIRST_WITH_TRITS
+        return [conversion()] if has_trits else []
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         schemes = config.schemes()
         check_missing(model, schemes)
+        forget_conversion(model)
+        if config.format_version >= FIRST_WITH_TRITS:
+            unpack_layers(model)
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in schemes}
         for layer in layers.values():
             # Families that keep some parts in float32 (T5) cast the scales too; the way back is exact.
@@ -181,7 +191,7 @@ class VlmqQuantizer(HfQuantizer):
         link_siblings(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Bring config and checksums up to date, fix the order of the tensors, and add the guards.
+        """Bring config and checksums up to date, store ternary codes in trits, add the guards, fix the order.
 
         transformers calls this before it writes the config. It sorts the tensors of a loaded model but not of
         a fresh one; sorted both times, the same model gives the same bytes.
@@ -191,7 +201,7 @@ class VlmqQuantizer(HfQuantizer):
         config.checksums = checksums(model, config.modules)
         config.format_version = FORMAT_VERSION
         model.config.quantization_config = config
-        tensors = model.state_dict() | guards(*_guarded(model, config.schemes()))
+        tensors = model.state_dict() | stored_tensors(model) | guards(*_guarded(model, config.schemes()))
         return dict(sorted(tensors.items(), key=lambda item: dot_natural_key(item[0]))), {}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

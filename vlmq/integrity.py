@@ -195,8 +195,8 @@ def check_missing(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None
         )
 
 
-def _read(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-    """The value of a tensor; of an offloaded one, from where it lies."""
+def offloaded_value(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """The value of a tensor of the model; of an offloaded one, from where it lies."""
     return load_offloaded_parameter(model, name) if tensor.is_meta else tensor
 
 
@@ -205,7 +205,7 @@ def packed_tensors(model: PreTrainedModel, layer: str) -> Iterator[tuple[str, Te
     for leaf in PACKED:
         tensor = getattr(model.get_submodule(layer), leaf, None)
         if tensor is not None:
-            yield leaf, _read(model, f"{layer}.{leaf}", tensor)
+            yield leaf, offloaded_value(model, f"{layer}.{leaf}", tensor)
 
 
 def _other_tensors(model: PreTrainedModel, packed: Container[str]) -> Iterator[tuple[str, Tensor]]:
@@ -257,7 +257,7 @@ def checksums(
         scheme: [checksum(packed_tensors(model, name), scheme) for name in names]
         for scheme, names in modules.items()
     }
-    rest = checksum((n, _read(model, n, t)) for n, t in others.items() if n not in unchecked)
+    rest = checksum((n, offloaded_value(model, n, t)) for n, t in others.items() if n not in unchecked)
     return {"dtype": str(model.dtype), "layers": layers, "others": rest, "unchecked": unchecked}
 
 

@@ -226,7 +226,7 @@ class QuantLinear(nn.Module):
 
 
 def true_bits(module: QuantLinear) -> int:
-    """Number of bits that the weight takes: packed codes with their padding, scales and zero points."""
+    """Number of bits that the weight takes in memory: packed codes with their padding, scales and zero points."""
     parts = (module.qweight, module.scales, module.zeros)
     return sum(8 * part.numel() * part.element_size() for part in parts if part is not None)
 
