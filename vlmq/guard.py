@@ -5,12 +5,14 @@ model in full precision, fills each layer whose `weight` the files lack with ran
 does refuse is a tensor of the wrong shape. So each packed layer is stored with one more tensor, which it never has in
 memory:
 
-    X.weight       (1,) uint8, zero        the weight that a load without vlmq would look for
+    X.weight       (1, 1, 1) uint8, zero   the weight that a load without vlmq would look for
     E.down_proj    (2, 2, 2) uint8, zero   the same for fused experts, which are stored expert by expert (and for
                                            E.gate_up_proj); transformers may split it as it splits their weights
     NOTE           (1,) uint8, zero        a name that the load report then shows
 
-With vlmq these are known and dropped without a word. They came with format version 2.
+Three dimensions, because transformers reorders the rows of some weights of one and two dimensions when it saves them
+(rotary embeddings of Kimi and Step). With vlmq these are known and dropped without a word. They came with format
+version 2.
 """
 
 import math
@@ -23,6 +25,7 @@ from torch import Tensor
 
 NOTE = "import_vlmq_before_loading_this_checkpoint"
 LEAF = "weight"
+LAYER_SHAPE = (1, 1, 1)
 FUSED_SHAPE = (2, 2, 2)
 
 
@@ -33,10 +36,9 @@ def guards(layers: Iterable[str], fused: Iterable[str] = ()) -> dict[str, Tensor
         layers: names of the packed layers that are not part of experts which transformers fuses.
         fused: names of the parameters that those experts have in transformers.
     """
-    names = [*(f"{layer}.{LEAF}" for layer in layers), NOTE]
-    return {name: torch.zeros(1, dtype=torch.uint8) for name in names} | {
-        name: torch.zeros(FUSED_SHAPE, dtype=torch.uint8) for name in fused
-    }
+    shapes = {f"{layer}.{LEAF}": LAYER_SHAPE for layer in layers} | {NOTE: (1,)}
+    shapes |= dict.fromkeys(fused, FUSED_SHAPE)
+    return {name: torch.zeros(shape, dtype=torch.uint8) for name, shape in shapes.items()}
 
 
 def patterns(layers: Iterable[str], fused: Iterable[str] = ()) -> set[str]:
