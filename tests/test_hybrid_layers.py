@@ -24,6 +24,7 @@ MIXERS = {
     "granitemoehybrid": ("model.layers.0.mamba", *MAMBA_2),
     "falcon_h1": ("model.layers.1.mamba", *MAMBA_2),
     "nemotron_h": ("model.layers.0.mixer", *MAMBA_2),
+    "nemotron_h_omni": ("language_model.model.layers.0.mixer", *MAMBA_2),
     "jamba": ("model.layers.0.mamba", *MAMBA_1),
     "lfm2": ("model.layers.0.conv", *CONVOLUTION),
     "lfm2_moe": ("model.layers.0.conv", *CONVOLUTION),

@@ -4,7 +4,8 @@ The tokens that enter the experts are captured once per call of the block, on th
 and, where targets are shifted, on the full-precision path. Then one expert after the other: its first projection on the
 tokens routed to it; its last one on what the first, now quantized, makes of them. The full-precision counterpart of a
 token is what the original expert makes of the same token, whatever the original router would have chosen, so that the
-two always belong together.
+two always belong together. (Llama 4 multiplies a token with its routing weight before the expert, not after: p is 1
+there, and a token that the original router would not have sent is its own counterpart.)
 
 The output of an expert enters the sum of its token with the routing weight p, so a token's error counts s p^2, with s
 its weight by the saliency. An expert that no calibration token reaches is solved with H = I, that is by the distance of
@@ -105,18 +106,22 @@ def _solve_layer(
 def _capture(run: Run, block: Block, path: str, weights: dict[str, list[Tensor]]) -> list[RoutedCall]:
     """Run the block as far as its experts, once per call and path."""
     captured = []
+    n_copies = block.experts()[path].n_copies
     for i in range(len(block.inputs)):
         tokens, chosen, p = _entering(block, path, i, original=False)
-        original = _entering(block, path, i, original=True)[0] if run.alpha > 0 else None
-        if original is not None and original.shape != tokens.shape:
-            original = None
-        s = _token_weights(block, i, len(tokens), weights)
+        original = None
+        if run.alpha > 0:
+            original, chosen_before, _ = _entering(block, path, i, original=True)
+            is_same_shape = original.shape == tokens.shape
+            was_chosen = (chosen_before >= 0).any(dim=1, keepdim=True)
+            original = torch.where(was_chosen, original, tokens) if is_same_shape else None
+        s = _token_weights(block, i, len(tokens) // n_copies, weights).repeat(n_copies)
         captured.append(RoutedCall(tokens, original, chosen, s[:, None] * p.float().square()))
     return captured
 
 
 def _entering(block: Block, path: str, i: int, *, original: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of the experts in call `i`: tokens, chosen experts, their weights."""
+    """What enters the experts in call `i`: tokens, chosen experts, their weights."""
     module, calls = (block.original, block.original_inputs) if original else (block.module, block.inputs)
     seen: list[Any] = []
 
@@ -124,7 +129,8 @@ def _entering(block: Block, path: str, i: int, *, original: bool) -> tuple[Tenso
         seen.append(offload((*args, *kwargs.values())))
         raise StopForward
 
-    handle = module.get_submodule(path).register_forward_pre_hook(take, with_kwargs=True)
+    experts: Any = module.get_submodule(path)
+    handle = experts.register_forward_pre_hook(take, with_kwargs=True)
     with (
         hooked(handle),
         torch.no_grad(),
@@ -137,7 +143,7 @@ def _entering(block: Block, path: str, i: int, *, original: bool) -> tuple[Tenso
             f"block {block.spec.name!r}: call {i} does not reach its experts {path!r}; keep them in full precision "
             f"with an override of None to '{block.spec.name}.{path}.*'"
         )
-    return seen[0]
+    return experts.routed(*seen[0])
 
 
 def _token_weights(block: Block, i: int, n_tokens: int, weights: dict[str, list[Tensor]]) -> Tensor:

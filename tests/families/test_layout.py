@@ -7,8 +7,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
@@ -83,18 +81,15 @@ def test_fused_experts_are_listed_as_the_layers_that_they_are_taken_apart_into()
 
 
 def test_experts_of_another_layout_are_named_with_their_size():
-    text = {
-        **tiny_models.TEXT,
-        "intermediate_size_mlp": 96,
-        "num_local_experts": 2,
-        "attn_temperature_tuning": False,
-    }
-    with torch.device("meta"):
-        model = Llama4ForCausalLM(Llama4TextConfig(**text))
+    model = tiny_models.build("qwen3_vl_moe")
+    odd = nn.Module()
+    odd.register_parameter("weight", nn.Parameter(torch.zeros(4, 64, 96)))
+    model.set_submodule("model.language_model.layers.1.mlp.experts", odd)
     layout = describe(model)
-    assert {e.name.rpartition(".")[2] for e in layout.experts} == {"gate_up_proj", "down_proj"}
-    assert sum(e.n_parameters for e in layout.experts) == 2 * 3 * 2 * 64 * 96
-    assert not any(info.experts for info in layout.linears.values())
+    (found,) = layout.experts
+    assert (found.name, found.part) == ("model.language_model.layers.1.mlp.experts.weight", "language")
+    assert (found.shape, found.n_parameters) == ((4, 64, 96), 4 * 64 * 96)
+    assert {i.experts for i in layout.linears.values()} == {None, "model.language_model.layers.0.mlp.experts"}
     assert "a layout that is NOT quantized" in str(vlmq.plan(model, "int4-g16"))
 
 

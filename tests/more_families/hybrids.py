@@ -20,6 +20,20 @@ DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 
+NEMOTRON = {
+    "layers_block_type": ["mamba", "moe", "attention"],
+    "num_hidden_layers": 3,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 1,
+}
 HYBRIDS: dict[str, Family] = {
     "qwen3_next": causal(hf.Qwen3NextConfig, 29, **MOE, **DELTA, shared_expert_intermediate_size=32),
     "qwen3_5_moe": Family(
@@ -56,18 +70,7 @@ HYBRIDS: dict[str, Family] = {
         hf.NemotronHConfig,
         16,
         "l3",
-        layers_block_type=["mamba", "moe", "attention"],
-        num_hidden_layers=3,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        moe_shared_expert_intermediate_size=32,
-        n_group=1,
-        topk_group=1,
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        ssm_state_size=16,
-        n_groups=1,
+        **NEMOTRON,
     ),
     "lfm2": causal(hf.Lfm2Config, 12, layer_types=["conv", "full_attention"], block_multiple_of=16),
     "lfm2_moe": causal(
@@ -109,5 +112,32 @@ HYBRIDS: dict[str, Family] = {
         mamba_d_state=16,
         mamba_dt_rank=16,
         use_mamba_kernels=False,
+    ),
+    "nemotron_h_omni": Family(
+        lambda: hf.CONFIG_MAPPING["nemotron_h_omni"](
+            text_config={**TEXT, **NEMOTRON, "model_type": "nemotron_h"},
+            vision_config={
+                "model_type": "radio",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "mlp_ratio": 1.5,
+                "patch_size": 14,
+                "patch_dim": 3 * 14**2,
+                "video_patch_dim": 6 * 14**2,
+                "image_size": 56,
+                "max_img_size": 56,
+                "video_temporal_patch_size": 2,
+            },
+            vision_hidden_size=32,
+            projector_hidden_size=64,
+            image_token_id=IMAGE_TOKEN,
+        ),
+        n_packed=28,
+        blocks="v2l3",
+        extra=lambda rows, ids: {
+            "pixel_values": pixels(rows * 16, 3 * 14**2),
+            "image_grid_hw": torch.tensor([[4, 4]] * rows),
+        },
     ),
 }
