@@ -7,7 +7,7 @@ from its default config, or with the few values of `CHANGES` where the default o
 if blocks of each of its encoders and of its language model are found and at least 90 % of the parameters in linear
 layers are in the plan, experts included; the output head and bridges between the parts are left out, as they are kept
 unless an override names them. What a family lacks by its nature is in `LACKS`.
-Nothing is computed, so a second or less goes for each. Towers of timm need that package.
+Nothing is computed, so a second or less goes for each. Three families have towers of timm, and need it and torchvision.
 """
 
 import argparse
@@ -56,6 +56,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {}},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-4, 8]], "downsample_rate": "4/8"},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "hidden_size": 1024,
+            "model_args": {
+                "embed_dim": 1024,
+                "depth": 23,
+                "img_size": [448, 448],
+                "ref_feat_shape": [32, 32],
+                "global_pool": "",
+                "init_values": 0.1,
+                "use_post_transformer_norm": False,
+            },
+        }
+    },
     "qwen4_exp": {
         "text_config": {
             "indexer_n_heads": 16,
@@ -71,6 +86,7 @@ LACKS: dict[str, dict[str, str]] = {
     "chameleon": {"vision": "image tokens come from convolutions"},
     "evolla": {"vision": "reads proteins"},
     "fuyu": {"vision": "patches enter through one linear layer"},
+    "gemma3n": {"vision": "all convolutions"},
     "gemma4_unified": {"vision": "patches enter through linear layers"},
     "mistral4": {"vision": "the default config is text only"},
     "udop": {"vision": "patches enter the text encoder"},
@@ -196,7 +212,8 @@ def table(rows: list[FamilyRow]) -> str:
         "# Families",
         "",
         "Made by `python -m vlmq.eval.families` with transformers "
-        f"{transformers.__version__}: every family of its tables, built on the meta device.",
+        f"{transformers.__version__} (and timm and torchvision, which",
+        "fast_vlm, gemma3n and perception_lm need): every family of its tables, built on the meta device.",
         "*Linear*: share of the parameters in linear layers and experts, without the output head and the bridges",
         "between the parts, that `vlmq.quantize` packs by default. *All*: the same of all parameters, embeddings",
         "included. An override of `projector` quantizes the bridges too.",

@@ -1,6 +1,7 @@
 """The coverage of families: what the committed results say still holds, and what is counted is what it says."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,15 @@ OWN_LAYOUTS = [
     (DUAL, "videoprism"),
 ]
 
+OF_TIMM = ("fast_vlm", "gemma3n", "perception_lm")
+
 
 def assert_as_recorded(kind: str, family: str) -> None:
     recorded = ROWS[kind, family]
     if transformers.__version__ != KNOWN["transformers"]:
         pytest.skip(f"the results are those of transformers {KNOWN['transformers']}")
+    if family in OF_TIMM and find_spec("timm") is None:
+        pytest.skip("its vision tower needs timm")
     row = examine(kind, family)
     assert row.problem == recorded.get("problem")
     assert row.stacks == recorded.get("stacks")
@@ -80,10 +85,10 @@ def test_the_table_is_the_one_of_the_results():
 def test_a_family_without_its_blocks_is_a_problem(monkeypatch):
     monkeypatch.setattr(families, "LACKS", {})
     assert examine(IMAGE_TEXT, "fuyu").problem == "no blocks of vision were found"
-    row = examine(IMAGE_TEXT, "llama4")
-    assert "8.9% of the parameters in linear layers" in str(row.problem)
+    row = examine(IMAGE_TEXT, "diffusion_gemma")
+    assert "0.7% of the parameters in linear layers" in str(row.problem)
     assert row.rest is not None
-    assert row.rest["experts of a layout that cannot be quantized"] > 0.8
+    assert row.rest["weight shared with another layer"] > 0.9
 
 
 def test_a_config_that_does_not_build_is_listed_with_the_reason(monkeypatch):
