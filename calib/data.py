@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from torch import nn
 
 from vlmq.calib.batches import collate_text, is_ready, processor_image_token_ids, ready_batch
 from vlmq.calib.calibration_set import CalibrationSet
@@ -68,8 +69,12 @@ def load(
 
     Raises:
         ValueError: nothing to calibrate on, or bad rows; the message lists up to ten with their index.
-        TypeError: the source is nothing that rows can be taken from.
+        TypeError: the source is nothing that rows can be taken from, or the processor is a model.
     """
+    if isinstance(processor, nn.Module):
+        raise TypeError(
+            f"processor: expected the model's AutoProcessor, got the model {type(processor).__name__}"
+        )
     for name, value in (("n_samples", n_samples), ("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

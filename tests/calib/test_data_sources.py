@@ -323,6 +323,11 @@ def test_unusable_sources_say_so(source, family, message):
         load(source, tiny_processors.build(family))
 
 
+def test_model_in_place_of_the_processor():
+    with pytest.raises(TypeError, match="expected the model's AutoProcessor, got the model Linear"):
+        load([picture(0)], torch.nn.Linear(2, 2))
+
+
 def test_source_of_a_wrong_type():
     with pytest.raises(TypeError, match="calibration source: expected .* got int"):
         load(3, LLAVA)
