@@ -43,6 +43,7 @@ def smollm2(scheme):
         for line in lines("smollm2.jsonl")
         if line["scheme"] == scheme
         and not line["options"]
+        and line.get("n_calib", 64) == 64
         and (line["settings"]["alpha"], line["settings"]["saliency"]) == (0.5, "uniform")
         and line["settings"]["solver"] == ["gptq+cd"]
     ]
@@ -117,6 +118,16 @@ def test_speed_of_both_models(heading, group):
             *quality,
         ]
         assert_shown(row[1:], expected, f"speed {row[0]}")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/options.md"])
+def test_families_covered(page):
+    families = (ROOT / "docs" / "families.md").read_text()
+    image_text, dual = re.findall(r"^## .*: (\d+) of (\d+) covered", families, re.MULTILINE)
+    text = " ".join((ROOT / page).read_text().split())
+    assert f"Of the {image_text[1]} image-text-to-text families" in text
+    assert f"{image_text[0]} are covered, and all {dual[1]} of dual encoders" in text
+    assert dual[0] == dual[1]
 
 
 def test_other_figure_is_found():
