@@ -7,8 +7,9 @@
 
 `clip`: Q-FFN and Q-ALL of the small CLIP, after quantization and after distillation: zero-shot accuracy on the shipped
 test pictures, recall on 500 scenes of two things, bits, zeros, size on disk against float32.
-`starts`: all linear weights ternary and latent weights trained, from exact k-means, from absmean (scale mean|w|, codes
-to the nearest) and from random codes with that scale: the training loss step by step.
+`starts`: all linear weights ternary and latent weights trained, from exact k-means, from k-means refined by coordinate
+descent on the layers' outputs, from absmean (scale mean|w|, nearest codes) and from random codes with that scale:
+the training loss step by step.
 `vlm`: the embedded vision-language model quantized on few rows, then distilled with uniform and with weighted answers.
 `speed`: milliseconds of one image and one caption through the encoders, bfloat16 against packed.
 """
@@ -37,7 +38,10 @@ from vlmq.eval.smollm2 import commit
 from vlmq.eval.vqa import answer_accuracy
 from vlmq.formats import QuantizedWeight
 from vlmq.formats.weight import expand_groups
-from vlmq.linear import QuantLinear, true_bits
+from vlmq.linear import QuantLinear
+
+SOLVED = ("kmeans", "kmeans+cd")
+STARTS = (*SOLVED, "absmean", "random")
 
 Line = dict[str, Any]
 
@@ -74,14 +78,14 @@ def clip_figures(arguments: argparse.Namespace) -> list[Line]:
             "n_scenes": recalls.n_images,
         }
         if layers:
-            n_weights = sum(layer.in_features * layer.out_features for layer in layers)
-            bits = sum(true_bits(layer) for layer in layers) / n_weights
+            size = model_size(measured_model)
             line |= {
-                "true_bits_per_weight": bits,
-                "smaller_than_float32": 32 / bits,
+                "true_bits_per_weight": size.bits_per_weight,
+                "disk_bits_per_weight": size.disk_bits_per_weight,
+                "smaller_than_float32": 32 / size.disk_bits_per_weight,
                 "sparsity": sparsity(layers),
+                "coverage": size.coverage,
             }
-            line["coverage"] = model_size(measured_model).coverage
         return line
 
     lines = [measured("original", model)]
@@ -103,17 +107,12 @@ def clip_figures(arguments: argparse.Namespace) -> list[Line]:
 def start_figures(arguments: argparse.Namespace) -> list[Line]:
     """The training loss from three starts with the same data in the same order."""
     model, _, data = _small_clip(arguments)
-    kmeans = vlmq.quantize(
-        copy.deepcopy(model),
-        data[: arguments.n_calibration // 32],
-        arguments.scheme,
-        solver="kmeans",
-        alpha=0.0,
-    )
+    few = data[: arguments.n_calibration // 32]
     lines = []
-    for name in ("kmeans", "absmean", "random"):
-        packed = copy.deepcopy(kmeans)
-        if name != "kmeans":
+    for name in arguments.start or STARTS:
+        solver = name if name in SOLVED else "kmeans"
+        packed = vlmq.quantize(copy.deepcopy(model), few, arguments.scheme, solver=solver, alpha=0.0)
+        if name not in SOLVED:
             generator = torch.Generator().manual_seed(arguments.seed)
             for path, layer in packed_layers(packed).items():
                 weight: Any = model.get_submodule(path).weight
@@ -246,6 +245,7 @@ def main() -> None:
     )
     parser.add_argument("part", choices=FIGURES)
     parser.add_argument("--scheme", default="ternary-channel")
+    parser.add_argument("--start", action="append", choices=STARTS, help="of `starts`; all unless told")
     parser.add_argument("--n-pairs", type=int, default=1024)
     parser.add_argument("--n-calibration", type=int, default=256, help="pairs or rows for quantization")
     parser.add_argument("--n-questions", type=int, default=512)
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    shared = {key: value for key, value in vars(arguments).items() if key not in ("results",)}
+    shared = {key: value for key, value in vars(arguments).items() if key not in ("results", "start")}
     shared |= {
         "command": " ".join(["python -m vlmq.eval.distill_figures", *sys.argv[1:]]),
         "commit": commit(),
