@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from hub_server import connect
 from markdown_pages import CommandError, apply_diff, broken_links, check_output, fenced_blocks, run_page
 from packed_models import run_here
 
+from vlmq import cli
 from vlmq.eval import round_trip
 from vlmq.eval.easy_vqa_data import demo_model_path, shapes_path
 
@@ -107,6 +110,15 @@ def test_paths_that_a_page_names_are_there(page):
     top = "|".join(("calib", "docs", "eval", "examples", "kernels", "tests", "vlmq"))
     named = re.findall(rf"`((?:{top})/[^`\s]*)`", page.read_text())
     assert [path for path in named if not any(ROOT.glob(path))] == []
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_that_a_page_shows_can_be_given(page):
+    commands = typer.main.get_command(cli.app)
+    for line in re.findall(r"^ {4}(vlmq .*)$", page.read_text(), re.MULTILINE):
+        _, name, *arguments = shlex.split(line, comments=True)
+        if name != "--help":
+            commands.commands[name].make_context(name, arguments)
 
 
 def test_link_to_nothing_is_found(tmp_path):
