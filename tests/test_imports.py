@@ -11,7 +11,7 @@ from torch import nn
 
 import vlmq
 from vlmq.exports import export_model
-from vlmq.foreign import AWQ_ORDER
+from vlmq.foreign import read_awq
 from vlmq.linear import QuantLinear
 
 
@@ -27,9 +27,19 @@ def pack_rows(numbers, bits):
 
 
 def pack_awq(numbers):
-    """(rows, columns) -> words of eight columns, whose order is that of AWQ's gemm layout."""
-    order = torch.tensor(AWQ_ORDER)
-    return pack_rows(numbers.unflatten(1, (-1, 8))[..., order].flatten(1), 4)
+    """(rows, columns) -> words of eight columns, laid out for AWQ's kernel.
+
+    That kernel takes two neighbouring columns at once, out of the low and the high half of a word: of each eight, the
+    even columns fill the low 16 bits and the odd ones the high 16 bits, first columns lowest.
+    """
+    words = []
+    for row in numbers.tolist():
+        line = [0] * (len(row) // 8)
+        for column, number in enumerate(row):
+            pair, is_odd = divmod(column % 8, 2)
+            line[column // 8] |= int(number) << (16 * is_odd + 4 * pair)
+        words.append([word - 2**32 if word >= 2**31 else word for word in line])
+    return torch.tensor(words, dtype=torch.int32)
 
 
 def write(folder, method, bits=4, size=32, symmetric=False, **changes):
@@ -87,6 +97,18 @@ def test_gptq_and_awq_load_with_the_same_values(method, bits, size, symmetric, t
     again = vlmq.load(tmp_path / "own")
     assert torch.equal(logits(again, "llama"), logits(model, "llama"))
     assert again.config.quantization_config.metadata == {"imported_from": method}
+
+
+def test_awq_columns_are_in_the_order_that_its_packers_write():
+    """A word of the columns 0 to 7 holding 0 to 7 is 0x75316420."""
+    numbers = torch.arange(8).repeat(16, 1)
+    assert pack_awq(numbers).unique().tolist() == [0x75316420]
+    tensors = {
+        "qweight": torch.full((16, 1), 0x75316420, dtype=torch.int32),
+        "qzeros": torch.zeros(1, 1, dtype=torch.int32),
+        "scales": torch.ones(1, 8, dtype=torch.float16),
+    }
+    assert torch.equal(read_awq(tensors, 16, 4).dequantize(), numbers.T.float())
 
 
 @pytest.mark.parametrize("family", ["llama", "llava", "qwen3_vl", "siglip"])

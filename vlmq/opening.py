@@ -8,12 +8,15 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from vlmq import checkpoint
 from vlmq.hf import QUANT_METHOD, VlmqConfig, VlmqQuantizer
+from vlmq.imports import METHODS
 
 
 def open_model(
     path_or_id: str, *, device: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a model in eval mode, in the dtype of its checkpoint; a packed one stays packed.
+
+    Checkpoints of compressed-tensors, GPTQ and AWQ are read into packed layers (`vlmq.imports`), as `vlmq.load` does.
 
     Args:
         path_or_id: folder or repository of the hub.
@@ -22,7 +25,7 @@ def open_model(
     """
     config = checkpoint.open_config(path_or_id, trust_remote_code=trust_remote_code)
     block = getattr(config, "quantization_config", None) or {}
-    if block.get("quant_method") == QUANT_METHOD:
+    if block.get("quant_method") in (QUANT_METHOD, *METHODS):
         model = checkpoint.load(path_or_id, trust_remote_code=trust_remote_code)
     else:
         auto = auto_class(config)
@@ -34,9 +37,17 @@ def open_empty(path_or_id: str, *, trust_remote_code: bool = False) -> PreTraine
     """The model on the meta device: names, shapes and dtype without weights, from the config alone.
 
     Layers that the config lists as packed are packed here too.
+
+    Raises:
+        ValueError: a checkpoint of another format, whose config does not list its packed layers.
     """
     config = checkpoint.open_config(path_or_id, trust_remote_code=trust_remote_code)
     block = getattr(config, "quantization_config", None) or {}
+    if block.get("quant_method") in METHODS:
+        raise ValueError(
+            f"{path_or_id} is packed already ({block['quant_method']}): quantize the original, or read it by "
+            "vlmq.load, write it by vlmq.save and quantize that, which packs the layers that are not packed yet"
+        )
     with torch.device("meta"):
         model = auto_class(config).from_config(
             config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
