@@ -11,39 +11,14 @@ import pytest
 import torch
 from gguf_models import LINES, byte_level, packed_text, sentencepiece
 
+from vlmq.eval.llama_cpp import LlamaCpp
 from vlmq.exports import export_model, gguf_layout
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
+pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (*PLAIN, "llava", "smolvlm", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PROMPT = list(range(20, 60))
-
-
-class LlamaCpp:
-    """llama.cpp with one file."""
-
-    def __init__(self, path):
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = 128
-        params.n_parallel = 1
-        params.n_gpu_layers = 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.verbosity = -1
-        self.server = xllamacpp.Server(params)
-
-    def complete(self, prompt, n_new=1, n_best=0):
-        request = {"prompt": prompt, "max_tokens": n_new, "temperature": 0, "ignore_eos": True}
-        # A token that is half a letter would be held back with its probabilities: the letter "a" instead, whose bias
-        # counts in the choice and not in the probabilities.
-        request["logit_bias"] = [["a", 1000.0]]
-        return self.server.handle_completions(request | {"logprobs": n_best, "cache_prompt": False})
-
-    def log_probabilities(self, prompt, n_best):
-        (choice,) = self.complete(prompt, 1, n_best)["choices"]
-        best = choice["logprobs"]["content"][0]["top_logprobs"]
-        return torch.tensor([t["id"] for t in best]), torch.tensor([t["logprob"] for t in best])
 
 
 def difference(model, folder, to="gguf", **options):
@@ -53,7 +28,7 @@ def difference(model, folder, to="gguf", **options):
     plain = copy.deepcopy(model).dequantize()
     with torch.no_grad():
         expected = plain(input_ids=torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
-    ids, found = engine.log_probabilities(PROMPT, 100)
+    ids, found = engine.next_tokens(PROMPT, 100)
     assert len(ids) == 100
     del engine
     gc.collect()
