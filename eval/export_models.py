@@ -1,0 +1,81 @@
+"""Packed models for `vlmq.eval.export_readers`: the small model that ships with vlmq, a random Llama, or a folder.
+
+The layers of the first two are rounded to the scheme (`solver="rtn"`), so nothing depends on calibration data; towers
+are kept. The random Llama is as wide as GGUF's blocks of 256 weights ask for, and has the small model's tokenizer.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, PreTrainedModel
+
+import vlmq
+from vlmq.eval.easy_vqa_data import demo_model_path, load_shapes
+from vlmq.opening import open_processor
+
+SHAPES, LLAMA = "shapes", "llama-256"
+N_PROMPTS = 4
+PROSE = (
+    "The river rises in the hills north of the town and reaches the sea after",
+    "Water boils at a lower temperature on a mountain because the pressure of the air",
+    "She opened the letter, read it twice, and put it back into",
+    "A triangle with three equal sides has three equal",
+)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed model in float32, its processor, and prompts of token ids, each (1, n_tokens)."""
+
+    model: PreTrainedModel
+    processor: Any
+    prompts: list[Tensor]
+
+
+def open_packed(name: str, scheme: str) -> Packed:
+    """Make a packed model of `SHAPES` or `LLAMA`, or load the packed folder of that name."""
+    if name not in (SHAPES, LLAMA):
+        processor = open_processor(name)
+        model = vlmq.load(name, dtype=torch.float32)
+        return Packed(model, processor, _ids(processor, PROSE))
+    processor = open_processor(str(demo_model_path()))
+    prompts = _ids(processor, [row["question"] for row in load_shapes("test", n_rows=N_PROMPTS)])
+    if name == SHAPES:
+        auto: Any = AutoModelForImageTextToText
+        model = auto.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(llama()).eval()
+    batches = [{"input_ids": ids} for ids in prompts]
+    has_tower = getattr(model.config, "vision_config", None) is not None
+    overrides = {"vision": None} if has_tower else None
+    vlmq.quantize(model, batches, scheme, solver="rtn", overrides=overrides)
+    return Packed(model, processor, prompts)
+
+
+def llama() -> LlamaConfig:
+    """A Llama of 1.9 million parameters, with random weights that make some tokens likelier than others."""
+    return LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+
+
+def label(name: str) -> str:
+    """The name to print: that of a folder without its path."""
+    return name if name in (SHAPES, LLAMA) else Path(name).name
+
+
+def _ids(processor: Any, lines: Any) -> list[Tensor]:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return [tokenizer(line, return_tensors="pt")["input_ids"] for line in lines]
