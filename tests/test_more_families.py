@@ -46,6 +46,19 @@ def test_quantize_save_reload_keeps_the_logits(family, tmp_path):
     assert torch.equal(logits(reloaded, batch), after)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h", "kimi_k25"])
+def test_a_model_that_was_cast_keeps_in_float32_what_its_family_does(family, tmp_path):
+    model = more_families.build(family, torch.bfloat16)
+    batch = more_families.inputs(family, dtype=torch.bfloat16)
+    vlmq.quantize(model, [batch], "ternary-g16", solver="rtn")
+    single = {name for name, t in model.state_dict().items() if t.dtype == torch.float32}
+    assert any(name.endswith("e_score_correction_bias") for name in single)
+    vlmq.save(model, tmp_path / "packed")
+    reloaded = vlmq.load(tmp_path / "packed")
+    assert {name for name, t in reloaded.state_dict().items() if t.dtype == torch.float32} == single
+    assert torch.equal(logits(reloaded, batch), logits(model, batch))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_and_layers_are_those_that_the_family_has(family):
     expected, model = more_families.MORE[family], more_families.build(family)

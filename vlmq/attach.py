@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from vlmq.hf import QUANT_METHOD, VlmqConfig, VlmqQuantizer
 from vlmq.integrity import check_listed, listing
@@ -86,6 +87,7 @@ def attach(
     _check_first_parameter(model)
     _own_config(model)
     _untie(model, set(merged))
+    _cast_as_a_load_does(model)
     known: Any = model
     known.config.quantization_config = config
     known.config._is_quantized = True
@@ -115,6 +117,21 @@ def _own_config(model: PreTrainedModel) -> None:
         for attribute, value in vars(module).items():
             if isinstance(value, PreTrainedConfig) and id(value) in memo:
                 setattr(module, attribute, memo[id(value)])
+
+
+def _cast_as_a_load_does(model: PreTrainedModel) -> None:
+    """Make float32 what the family keeps in it (corrections of routers, for one), if the model was cast as a whole.
+
+    transformers does so on every load; without it the model in memory would route other tokens than the loaded one.
+    """
+    patterns = list(model._get_dtype_plan(model.dtype))
+    expression = build_glob_alternation(patterns)[0] if patterns else None
+    for name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if expression is None or tensor is None or isinstance(module, QuantLinear):
+                continue
+            if tensor.is_floating_point() and expression.search(f"{name}.{key}".lstrip(".")):
+                tensor.data = tensor.data.float()
 
 
 def _untie(model: PreTrainedModel, packed: set[str]) -> None:
