@@ -39,8 +39,8 @@ class BoundLayer(Protocol):
         """Apply the layer."""
         ...
 
-    def together(self, others: Sequence[object], x: Tensor) -> list[Tensor] | None:
-        """Apply this layer and others to one x at once; None if they do not fit together."""
+    def join(self, others: Sequence[object]) -> Callable[[Tensor], list[Tensor]] | None:
+        """Return this layer and others as one function of x; None if they do not fit together."""
         ...
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -157,8 +157,11 @@ class BoundLayer:
         """Say whether the kernels can run on x, and the parts are where the bound tensors were."""
         if not x.is_cpu or x.dtype not in DTYPES:
             return False
-        for part, seen in zip(parts, self.seen, strict=True):
-            if (None if part is None else (part.data_ptr(), part.nbytes)) != seen:
+        for part, seen in zip(parts, self.seen):  # noqa: B905  asked at each call, and both are of four
+            if part is None or seen is None:
+                if part is not seen:
+                    return False
+            elif part.data_ptr() != seen[0] or part.nbytes != seen[1]:
                 return False
         return True
 
@@ -175,47 +178,17 @@ class BoundLayer:
                 f"x must be (..., {plan.in_features}) in float32, bfloat16 or float16 on the CPU, "
                 f"got {tuple(shape)} {x.dtype} on {x.device}"
             )
-        n_tokens = x.numel() // plan.in_features
-        if n_tokens > MAX_TOKENS:
+        if x.numel() // plan.in_features > MAX_TOKENS:
             return self._apply_unpacked(x)
-        x = x.contiguous()
-        out = x.new_empty((*shape[:-1], self.out_features))
-        outs, n_threads = (ctypes.c_void_p * 1)(out.data_ptr()), torch.get_num_threads()
-        if plan.library.vlmq_linear(self.addresses, outs, 1, x.data_ptr(), n_tokens, dtype, n_threads):
-            raise MemoryError(f"no memory for {n_tokens} tokens of {plan.in_features} inputs")
-        return out
+        return _multiply(plan, self.addresses, (self.out_features,), x, dtype)[0]
 
-    def together(self, others: Sequence[object], x: Tensor) -> list[Tensor] | None:
-        """Apply this layer and others to an x that each of them takes, in one call; None if they do not fit.
-
-        They fit if they have one plan, and x no more tokens than are multiplied as they are.
-
-        Raises:
-            ValueError: as a call of the layer alone.
-        """
-        plan = self.plan
-        layers = [self, *(other for other in others if isinstance(other, BoundLayer) and other.plan is plan)]
-        n_tokens = x.numel() // plan.in_features
-        if len(layers) <= len(others) or len(layers) > MAX_LAYERS or n_tokens > MAX_TOKENS:
-            return None
-        if x.shape[-1] != plan.in_features:
-            return [self(x)]  # which refuses it
-        x = x.contiguous()
-        outs = [x.new_empty((*x.shape[:-1], layer.out_features)) for layer in layers]
-        array = ctypes.c_void_p * len(layers)
-        sources, results = array(*(ly.address for ly in layers)), array(*(out.data_ptr() for out in outs))
-        args = (
-            sources,
-            results,
-            len(layers),
-            x.data_ptr(),
-            n_tokens,
-            DTYPES[x.dtype],
-            torch.get_num_threads(),
-        )
-        if plan.library.vlmq_linear(*args):
-            raise MemoryError(f"no memory for {n_tokens} tokens of {plan.in_features} inputs")
-        return outs
+    def join(self, others: Sequence[object]) -> "JoinedLayers | None":
+        """Return this layer and others as one function of x; None if they have not one plan or are too many."""
+        layers = [
+            self,
+            *(other for other in others if isinstance(other, BoundLayer) and other.plan is self.plan),
+        ]
+        return JoinedLayers(layers) if len(others) < len(layers) <= MAX_LAYERS else None
 
     def _apply_unpacked(self, x: Tensor) -> Tensor:
         """Multiply x with W, unpacked chunk by chunk."""
@@ -257,6 +230,40 @@ class BoundLayer:
         if status:
             raise MemoryError(f"no memory to unpack {n_rows} rows of {self.plan.in_features} inputs")
         return weight
+
+
+class JoinedLayers:
+    """Layers of one plan as one function of x: it is prepared once, and the threads are woken once."""
+
+    def __init__(self, layers: Sequence[BoundLayer]) -> None:
+        self.layers = tuple(layers)
+        self.plan = layers[0].plan
+        self.addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+        self.widths = tuple(layer.out_features for layer in layers)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Apply each layer to an x that it takes.
+
+        Raises:
+            ValueError: as a call of the first layer alone.
+        """
+        plan = self.plan
+        if not x.shape or x.shape[-1] != plan.in_features or x.numel() // plan.in_features > MAX_TOKENS:
+            return [layer(x) for layer in self.layers]
+        return _multiply(plan, self.addresses, self.widths, x, DTYPES[x.dtype])
+
+
+def _multiply(
+    plan: Plan, addresses: "ctypes.Array[ctypes.c_void_p]", widths: tuple[int, ...], x: Tensor, dtype: int
+) -> list[Tensor]:
+    """Multiply the layers at these addresses, as many rows each as `widths` says, with few tokens."""
+    x, sizes = x.contiguous(), x.shape[:-1]
+    outs = [x.new_empty((*sizes, width)) for width in widths]
+    places = (ctypes.c_void_p * len(outs))(*[out.data_ptr() for out in outs])
+    n_tokens, n_threads = x.numel() // plan.in_features, torch.get_num_threads()
+    if plan.library.vlmq_linear(addresses, places, len(outs), x.data_ptr(), n_tokens, dtype, n_threads):
+        raise MemoryError(f"no memory for {n_tokens} tokens of {plan.in_features} inputs")
+    return outs
 
 
 def format_record(fmt: Format) -> FormatRecord:

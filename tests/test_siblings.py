@@ -38,19 +38,18 @@ class Attention(nn.Module):
 def calls(monkeypatch):
     """How many layers each call of the backend computed."""
     seen = []
-    alone, together = cpu.BoundLayer.__call__, cpu.BoundLayer.together
+    alone, together = cpu.BoundLayer.__call__, cpu.JoinedLayers.__call__
 
     def count_one(self, x):
         seen.append(1)
         return alone(self, x)
 
-    def count_many(self, others, x):
-        results = together(self, others, x)
-        seen.append(0 if results is None else len(results))
-        return results
+    def count_many(self, x):
+        seen.append(len(self.layers))
+        return together(self, x)
 
     monkeypatch.setattr(cpu.BoundLayer, "__call__", count_one)
-    monkeypatch.setattr(cpu.BoundLayer, "together", count_many)
+    monkeypatch.setattr(cpu.JoinedLayers, "__call__", count_many)
     return seen
 
 
@@ -78,12 +77,14 @@ def test_three_layers_take_one_call_once_their_order_is_known(calls, dtype, n_to
     assert calls == [1, 1, 1, 3, 3, 3]
 
 
-def test_many_tokens_are_computed_alone(calls):
-    model, x = Attention(), torch.randn(1, cpu.MAX_TOKENS + 1, WIDTH)
+def test_many_tokens_do_not_end_the_sharing(calls):
+    model, x, one = Attention(), torch.randn(1, cpu.MAX_TOKENS + 1, WIDTH), torch.randn(1, 1, WIDTH)
     expected = plain(model, x)
     for _ in range(3):
         assert torch.equal(model(x), expected)
-    assert 3 not in calls
+    calls.clear()
+    assert torch.equal(model(one), plain(model, one))
+    assert calls[0] == 3
 
 
 def test_an_input_changed_in_place_is_computed_anew():

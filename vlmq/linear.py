@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vlmq.formats import GROUP_SIZES, Format, QuantizedWeight, n_groups
 from vlmq.kernels import reference
 from vlmq.kernels.backends import BoundLayer, explain, kernel_name
-from vlmq.kernels.ops import bind, quant_linear, runs_plainly
+from vlmq.kernels.ops import Parts, bind, quant_linear, runs_plainly
 from vlmq.kernels.packing import pack, row_bytes, unpack
 from vlmq.report import LayerReport
 from vlmq.scheme import Scheme
@@ -115,12 +115,16 @@ class QuantLinear(nn.Module):
         The operator costs more than a small product does. Where no gradient and no graph needs it, the layer
         calls its backend, whose choice and checks of the tensors it keeps for as long as the tensors stay.
         """
-        bound = self.bound_to(x)
-        if bound is None:
-            own = self._parameters
-            parts = own["qweight"], own["scales"], own["zeros"], own["bias"]
-            return quant_linear(x, *parts, self.format.name, self.in_features, self.group_size or 0)
-        return bound(x) if self.siblings is None else self.siblings.apply(self, bound, x)
+        own = self._parameters
+        parts = own["qweight"], own["scales"], own["zeros"], own["bias"]
+        siblings = self.siblings
+        if runs_plainly(x, parts):
+            if siblings is not None and (result := siblings.take(self, x)) is not None:
+                return result
+            bound = self._bound_to(x, parts)
+            if bound is not None:
+                return bound(x) if siblings is None else siblings.apply(self, bound, x)
+        return quant_linear(x, *parts, self.format.name, self.in_features, self.group_size or 0)
 
     def bound_to(self, x: Tensor) -> BoundLayer | None:
         """Return the layer as its backend's function of x; None where only the operator will do.
@@ -129,8 +133,9 @@ class QuantLinear(nn.Module):
         """
         own = self._parameters
         parts = own["qweight"], own["scales"], own["zeros"], own["bias"]
-        if not runs_plainly(x, parts):
-            return None
+        return self._bound_to(x, parts) if runs_plainly(x, parts) else None
+
+    def _bound_to(self, x: Tensor, parts: Parts) -> BoundLayer | None:
         bound = self._bound
         if bound is None or not bound.takes(x, parts):
             bound = bind(x, parts, self.format.name, self.in_features, self.group_size or 0)

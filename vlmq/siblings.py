@@ -11,6 +11,7 @@ bit. It serves few tokens at a time, as in decoding, on a backend that can compu
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from vlmq.kernels.backends import BoundLayer
 
 MAX_BYTES = 2**16
+Joined = Callable[[Tensor], list[Tensor]]
 Key = tuple[torch.Size, torch.dtype, bool, bytes]
 
 
@@ -39,6 +41,7 @@ class SharedInput:
     def forget(self) -> None:
         """Know nothing, as at the start: for layers whose weights change."""
         self._followers: dict[Layer, tuple[Layer, ...]] = {}
+        self._joined: dict[tuple[BoundLayer, ...], Joined | None] = {}
         self._run: list[Layer] = []  # called with the input of `_key`, in order
         self._key: Key | None = None
         # One object, read and replaced at once: a result never meets the input of another thread.
@@ -47,18 +50,20 @@ class SharedInput:
     def __getstate__(self) -> dict[str, Any]:
         return SharedInput().__dict__
 
+    def take(self, layer: Layer, x: Tensor) -> Tensor | None:
+        """Return the result that waits for a call of the layer with x; None if none does."""
+        ready = self._ready
+        if ready is None or layer not in ready[1] or x.nbytes > MAX_BYTES or not x.is_contiguous():
+            return None
+        return ready[1].pop(layer, None) if _key_of(x) == ready[0] else None
+
     def apply(self, layer: Layer, bound: BoundLayer, x: Tensor) -> Tensor:
-        """Return what `bound(x)` would; `bound` is the layer's and takes x."""
+        """Return what `bound(x)` would; `bound` is the layer's and takes x, and no result waits for it."""
         if x.nbytes > MAX_BYTES or not x.is_contiguous():
             return bound(x)
-        content = ctypes.string_at(x.data_ptr(), x.nbytes)
-        key = (x.shape, x.dtype, torch.is_inference_mode_enabled(), content)
-        ready, follows = self._ready, key == self._key
-        if ready is not None and ready[0] == key:
-            result = ready[1].pop(layer, None)
-            if result is not None:
-                return result
-        elif ready is not None:
+        key, ready = _key_of(x), self._ready
+        follows = key == self._key
+        if ready is not None and ready[0] != key:
             self._ready = None
             if ready[1] and self._run:
                 self._followers[self._run[0]] = ()
@@ -74,10 +79,21 @@ class SharedInput:
     def _compute(
         self, layer: Layer, followers: tuple[Layer, ...], bound: BoundLayer, x: Tensor, key: Key
     ) -> Tensor:
-        others = [follower.bound_to(x) for follower in followers]
-        results = None if None in others else bound.together(others, x)
-        if results is None:
+        others = tuple(b for follower in followers if (b := follower.bound_to(x)) is not None)
+        joined = self._join(bound, others) if len(others) == len(followers) else None
+        if joined is None:
             self._followers[layer] = ()
             return bound(x)
+        results = joined(x)
         self._ready = key, dict(zip(followers, results[1:], strict=True))
         return results[0]
+
+    def _join(self, bound: BoundLayer, others: tuple[BoundLayer, ...]) -> Joined | None:
+        layers, known = (bound, *others), self._joined
+        if layers not in known:
+            self._joined = known = {layers: bound.join(others)}
+        return known[layers]
+
+
+def _key_of(x: Tensor) -> Key:
+    return x.shape, x.dtype, torch.is_inference_mode_enabled(), ctypes.string_at(x.data_ptr(), x.nbytes)

@@ -90,7 +90,7 @@ static const struct {
 enum { N_ISAS = sizeof isas / sizeof *isas };
 
 /* Codes that more than one thread shares, and codes of a chunk, at least. */
-enum { MIN_SHARED_CODES = 1 << 17, MIN_CHUNK_CODES = 1 << 15, CHUNKS_PER_THREAD = 8 };
+enum { MIN_SHARED_CODES = 1 << 20, MIN_CHUNK_CODES = 1 << 15, CHUNKS_PER_THREAD = 8 };
 
 int vlmq_abi(void) { return VLMQ_ABI; }
 

@@ -175,18 +175,33 @@ def test_strided_parts_are_read_right():
 def test_layers_computed_together_equal_layers_alone(isa, name, n_tokens):
     layers = [random_layer(name, n, 330, 64, isa) for n in (6, 131, 1, 40)]
     x = torch.randn(2, n_tokens, 330, dtype=torch.bfloat16)
-    results = layers[0].together(layers[1:], x)
-    assert results is not None
+    joined = layers[0].join(layers[1:])
+    assert joined is not None
+    results = joined(x)
     assert all(torch.equal(y, layer(x)) for y, layer in zip(results, layers, strict=True))
 
 
 @needs_library
 def test_layers_that_do_not_fit_are_not_computed_together():
-    layer, x = random_layer("int4", 6, 330, 64), torch.randn(1, 330)
-    assert layer.together([random_layer("int3", 6, 330, 64)], x) is None
-    assert layer.together([random_layer("int4", 6, 330, 32)], x) is None
-    assert layer.together([layer] * cpu.MAX_LAYERS, x) is None
-    assert layer.together([layer], torch.randn(cpu.MAX_TOKENS + 1, 330)) is None
+    layer = random_layer("int4", 6, 330, 64)
+    assert layer.join([random_layer("int3", 6, 330, 64)]) is None
+    assert layer.join([random_layer("int4", 6, 330, 32)]) is None
+    assert layer.join([layer] * cpu.MAX_LAYERS) is None
+
+
+@needs_library
+def test_many_tokens_of_joined_layers_are_computed_alone():
+    layers = [random_layer("int4", n, 330, 64) for n in (6, 3)]
+    x = torch.randn(cpu.MAX_TOKENS + 1, 330)
+    results = layers[0].join(layers[1:])(x)
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(results, layers, strict=True))
+
+
+@needs_library
+def test_joined_layers_refuse_a_wrong_shape():
+    layer = random_layer("int4", 6, 330, 64)
+    with pytest.raises(ValueError, match=r"x must be \(..., 330\)"):
+        layer.join([layer])(torch.randn(1, 331))
 
 
 @needs_library

@@ -73,7 +73,7 @@ def test_small_layers_wake_nobody():
 
 @needs_library
 def test_a_late_team_is_left_alone_for_longer_each_time():
-    layer, x = random_layer("int4", 900, 1100, 64), torch.randn(1, 1100)
+    layer, x = random_layer("int4", 1000, 1100, 64), torch.randn(1, 1100)
     expected = layer(x)
     torch.set_num_threads(2)
     team, calls = fake_team(1, late_seconds=0.01)
