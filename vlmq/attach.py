@@ -17,6 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from vlmq.decoding import prepare_decoding
 from vlmq.hf import QUANT_METHOD, VlmqConfig, VlmqQuantizer
 from vlmq.integrity import check_listed, listing
 from vlmq.linear import QuantLinear, link_siblings
@@ -95,6 +96,7 @@ def attach(
     known.is_quantized = True
     known.quantization_method = QUANT_METHOD
     link_siblings(model)
+    prepare_decoding(model)
 
 
 def _check_first_parameter(model: PreTrainedModel) -> None:

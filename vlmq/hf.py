@@ -25,6 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from vlmq.decoding import prepare_decoding
 from vlmq.embedding import TABLE, dequantize_embeddings, place_empty, submodule
 from vlmq.families.experts import DOWN, UnfusedExperts, unfuse
 from vlmq.guard import guards, patterns
@@ -189,6 +190,7 @@ class VlmqQuantizer(HfQuantizer):
                 check_layer_tensor(f"{name}.{leaf}", leaf, tensor, layer)
         check_sums(model, config.modules, config.checksums, self._dtype)
         link_siblings(model)
+        prepare_decoding(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Bring config and checksums up to date, store ternary codes in trits, add the guards, fix the order.

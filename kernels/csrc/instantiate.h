@@ -2,6 +2,7 @@
 #include "tokens.h"
 #include "unpack.h"
 #include "kernel.h"
+#include "attention.h"
 
 #undef VLMQ_TARGET
 #undef FN
@@ -20,6 +21,7 @@
 #undef LOOK_UP
 #undef LOAD_X
 #undef HALVES
+#undef BFLOATS
 #undef BYTES
 #undef PICK_ONE
 #undef GROUPS
@@ -30,6 +32,8 @@
 #undef LOAD_PICK
 #undef PICK
 #undef LOAD_FLOATS
+#undef STORE_FLOATS
+#undef LANES
 #undef SAME
 #undef FEW_HALVES
 #undef FEW_BYTES

@@ -23,10 +23,13 @@
     _mm256_permutevar8x32_ps((scales)[0], _mm256_add_epi32(pick, _mm256_set1_epi32(first)))
 #define PICK_ONE(scales, i) _mm256_permutevar8x32_ps((scales)[0], _mm256_set1_epi32(i))
 #define LOAD_FLOATS(p) _mm256_loadu_ps((const void *)(p))
+#define STORE_FLOATS(p, f) _mm256_storeu_ps(p, f)
 #define SAME(f) _mm256_set1_ps(f)
 #define TIMES(a, b) _mm256_mul_ps(a, b)
 #define MINUS(a, b) _mm256_sub_ps(a, b)
 #define HALVES(p) _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p)))
+#define BFLOATS(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(p))), 16))
 #define BYTES(p) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p))))
 #define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_8(a, b, c, d))

@@ -29,10 +29,13 @@
     _mm512_permutexvar_ps(_mm512_add_epi32(pick, _mm512_set1_epi32(first)), (scales)[0])
 #define PICK_ONE(scales, i) _mm512_permutexvar_ps(_mm512_set1_epi32(i), (scales)[0])
 #define LOAD_FLOATS(p) _mm512_loadu_ps((const void *)(p))
+#define STORE_FLOATS(p, f) _mm512_storeu_ps(p, f)
 #define SAME(f) _mm512_set1_ps(f)
 #define TIMES(a, b) _mm512_mul_ps(a, b)
 #define MINUS(a, b) _mm512_sub_ps(a, b)
 #define HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(p)))
+#define BFLOATS(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(p))), 16))
 #define BYTES(p) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p))))
 #define FEW_HALVES(p, n) _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << (n)) - 1u), p))
 #define FEW_BYTES(p, n) \

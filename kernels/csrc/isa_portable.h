@@ -34,6 +34,8 @@ static inline portable_floats portable_load_floats(const void *p) {
     return v;
 }
 
+static inline void portable_store_floats(void *p, portable_floats v) { memcpy(p, &v, sizeof v); }
+
 /* Lanes are parted here, into a vector for each byte. */
 static inline portable_halves portable_and_shift(portable_lanes v, int shift, int mask) {
     portable_halves codes = {(portable_shorts)(v >> shift & (uint16_t)mask),
@@ -92,12 +94,16 @@ static inline portable_floats portable_pick(const portable_floats *scales, int l
 #define PICK(scales, pick, first) portable_pick(scales, (first) + (pick)[0], (first) + (pick)[2])
 #define PICK_ONE(scales, i) portable_pick(scales, i, i)
 #define LOAD_FLOATS(p) portable_load_floats(p)
+#define STORE_FLOATS(p, f) portable_store_floats(p, f)
 #define SAME(f) ((portable_floats){f, f, f, f})
 #define TIMES(a, b) ((a) * (b))
 #define MINUS(a, b) ((a) - (b))
 #define HALVES(p)                                                                              \
     ((portable_floats){float_of_float16((p)[0]), float_of_float16((p)[1]), float_of_float16((p)[2]), \
                        float_of_float16((p)[3])})
+#define BFLOATS(p)                                                                                    \
+    ((portable_floats){float_of_bfloat16((p)[0]), float_of_bfloat16((p)[1]), float_of_bfloat16((p)[2]), \
+                       float_of_bfloat16((p)[3])})
 #define BYTES(p) ((portable_floats){(p)[0], (p)[1], (p)[2], (p)[3]})
 #define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
 #define FOUR_TOTALS(p, a, b, c, d)          \

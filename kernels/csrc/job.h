@@ -23,11 +23,25 @@ typedef struct {
     int64_t scratch_bytes;
 } vlmq_job;
 
-/* What an instruction set offers: each takes a vlmq_job, a chunk and the worker's number. */
+/* A call of vlmq_attend; of steps and sizes its header speaks. */
+typedef struct {
+    const void *q, *k, *v;
+    const uint8_t *mask; /* or NULL */
+    void *out;
+    int64_t n_heads, n_kv_heads, n_keys, head_dim, value_dim;
+    int64_t q_batch, q_head, k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch, mask_head;
+    float scale;
+    int dtype;
+    uint8_t *scratch; /* (n_threads, scratch_bytes) */
+    int64_t scratch_bytes;
+} vlmq_attention;
+
+/* What an instruction set offers: each takes a vlmq_job (or a vlmq_attention), a chunk and the worker's number. */
 typedef struct {
     void (*quantize_token)(void *job, int64_t token, int worker);
     void (*multiply_rows)(void *job, int64_t chunk, int worker);
     void (*unpack_rows)(void *job, int64_t chunk, int worker);
+    void (*attend)(void *attention, int64_t head, int worker);
 } vlmq_kernels;
 
 /* The parts of a worker's scratch. */

@@ -396,4 +396,3 @@ VLMQ_TARGET static void FN(multiply_rows)(void *job_, int64_t chunk, int worker)
     }
 }
 
-static const vlmq_kernels FN(kernels) = {FN(quantize_token), FN(multiply_rows), FN(unpack_rows)};

@@ -7,6 +7,7 @@
 
 #include "vlmq_cpu.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -89,8 +90,8 @@ static const struct {
 
 enum { N_ISAS = sizeof isas / sizeof *isas };
 
-/* Codes that more than one thread shares, and codes of a chunk, at least. */
-enum { MIN_SHARED_CODES = 1 << 20, MIN_CHUNK_CODES = 1 << 15, CHUNKS_PER_THREAD = 8 };
+/* Codes, or products of attention, that more than one thread shares, and codes of a chunk, at least. */
+enum { MIN_SHARED_CODES = 1 << 20, MIN_SHARED_PRODUCTS = 1 << 19, MIN_CHUNK_CODES = 1 << 15, CHUNKS_PER_THREAD = 8 };
 
 int vlmq_abi(void) { return VLMQ_ABI; }
 
@@ -184,4 +185,22 @@ int vlmq_unpack(const vlmq_layer *layer, const int64_t *rows, int64_t first_row,
     jobs.jobs[0] = (vlmq_job){.layer = layer, .plan = layer->plan, .out = out, .dtype = dtype, .rows = rows,
                               .first_row = first_row, .n_rows = n_rows};
     return run_jobs(&jobs, n_threads, 4);
+}
+
+int vlmq_attend(const void *q, const void *k, const void *v, const uint8_t *mask, void *out, const int64_t sizes[16],
+                float scale, int dtype, int isa, int n_threads) {
+    vlmq_attention a = {.q = q, .k = k, .v = v, .mask = mask, .out = out, .n_heads = sizes[1], .n_kv_heads = sizes[2],
+                        .n_keys = sizes[3], .head_dim = sizes[4], .value_dim = sizes[5], .q_batch = sizes[6],
+                        .q_head = sizes[7], .k_batch = sizes[8], .k_head = sizes[9], .k_token = sizes[10],
+                        .v_batch = sizes[11], .v_head = sizes[12], .v_token = sizes[13], .mask_batch = sizes[14],
+                        .mask_head = sizes[15], .scale = scale, .dtype = dtype};
+    int64_t n_tasks = sizes[0] * a.n_heads, n_products = n_tasks * a.n_keys * (a.head_dim + a.value_dim);
+    n_threads = n_products < MIN_SHARED_PRODUCTS || n_threads < 1 ? 1
+                : n_threads < VLMQ_MAX_THREADS                    ? n_threads
+                                                                  : VLMQ_MAX_THREADS;
+    a.scratch_bytes = 4 * (round_up(a.n_keys, 64) + round_up(a.head_dim, 64) + round_up(a.value_dim, 64));
+    if (posix_memalign((void **)&a.scratch, 64, (size_t)(n_threads * a.scratch_bytes))) return -1;
+    share_chunks(isas[isa].kernels->attend, &a, n_tasks, n_threads);
+    free(a.scratch);
+    return 0;
 }

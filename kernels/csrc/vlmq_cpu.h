@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define VLMQ_ABI 3
+#define VLMQ_ABI 4
 #define VLMQ_MAX_LAYERS 8
 #define VLMQ_MAX_TOKENS 16
 #define VLMQ_MAX_THREADS 64
@@ -78,5 +78,14 @@ VLMQ_EXPORT int vlmq_linear(const vlmq_layer *const *layers, void *const *ys, in
  * exist; then nothing is written. */
 VLMQ_EXPORT int vlmq_unpack(const vlmq_layer *layer, const int64_t *rows, int64_t first_row, int64_t n_rows,
                             void *out, int dtype, int n_threads);
+
+/* Attention of one new token of each sequence over its keys and values: out (n_batch, n_heads, value_dim), contiguous.
+ *
+ * sizes: n_batch, n_heads, n_kv_heads (a divisor of n_heads), n_keys, head_dim, value_dim (multiples of 16), and then
+ * numbers of elements from one to the next: sequence and head of q; sequence, head and token of k, and of v; sequence
+ * and head of the mask (0: the same for all). The last dimension of each has no gaps. mask: nonzero is seen, NULL all.
+ * q, k, v and out are in `dtype`. Returns 0, or -1 if there is not enough memory. */
+VLMQ_EXPORT int vlmq_attend(const void *q, const void *k, const void *v, const uint8_t *mask, void *out,
+                            const int64_t sizes[16], float scale, int dtype, int isa, int n_threads);
 
 #endif
