@@ -85,8 +85,10 @@ def test_a_late_team_is_left_alone_for_longer_each_time():
     assert at == [0, 33, 98]  # 32 calls without it, then 64
     del team
     team, calls = fake_team(1)
-    for _ in range(300):
+    for _ in range(20000):  # a busy machine makes some of them late
         layer(x)
+        if len(calls) > 30:
+            break
     assert len(calls) > 30  # a team in time is used again
     del team
 
