@@ -13,7 +13,7 @@ LAYERS = (
     "formats",
     "scheme",
     "kernels , families , linalg",
-    "siblings",
+    "siblings , decoding",
     "linear | calib | solvers",
     "quantization , block_solving , expert_solving , learning , run , planning , overrides , checkpoint , staging"
     " , integrity , stored , hf , attach , embedding , opening , progress , distillation , distill_data , distill_loop"
