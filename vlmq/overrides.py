@@ -13,6 +13,8 @@ from vlmq.calib.saliency_residual import attention_modules, attention_of
 from vlmq.families import PARTS, Layout
 from vlmq.families.kept import FIXED_REASONS
 from vlmq.families.layout import ALREADY_QUANTIZED
+from vlmq.families.merged import merged_layers
+from vlmq.families.packed import is_packed, scheme_name
 from vlmq.scheme import Scheme
 
 HALVES = ("attention", "ffn")
@@ -84,6 +86,27 @@ def check_experts(layout: Layout, schemes: Mapping[str, Scheme]) -> None:
                 f"{left[0]!r}; fused experts are packed together or not at all (their schemes may differ): give "
                 f"a scheme to all of them, or None to '{path}.*'"
             )
+
+
+def check_merged(model: PreTrainedModel, layout: Layout, schemes: Mapping[str, Scheme]) -> None:
+    """Raise ValueError where layers that are saved as one tensor would have different schemes, or be packed in part."""
+    chosen: dict[str, str | None] = {}
+    for name in (name for name, info in layout.linears.items() if info.experts is None):
+        module = model.get_submodule(name)
+        planned = schemes[name].name if name in schemes else None
+        chosen[name] = scheme_name(module) if is_packed(module) else planned
+    by_codes = merged_layers(model, chosen, "qweight")
+    by_weights = merged_layers(model, chosen, "weight")
+    differ = [group for group in by_codes if len({chosen[name] for name in group}) > 1]
+    differ += [group for group in by_weights if len({chosen[name] is None for name in group}) > 1]
+    if differ:
+        given = ", ".join(f"{name!r} {chosen[name] or 'full precision'}" for name in differ[0])
+        n_more = len({tuple(group) for group in differ}) - 1
+        more = f" (groups like this: {n_more + 1})" if n_more else ""
+        raise ValueError(
+            f"transformers saves these layers as one tensor, so they need one scheme, but would have: {given}{more}; "
+            "use an override that matches all of them, with one scheme or with None to keep them"
+        )
 
 
 def check_possible(name: str, layout: Layout, scheme: Scheme | None, where: str) -> None:

@@ -23,7 +23,7 @@ from vlmq.families.kept import SHARED
 from vlmq.families.layout import ALREADY_QUANTIZED
 from vlmq.formats import n_groups
 from vlmq.kernels.packing import row_bytes
-from vlmq.overrides import check_experts, check_possible, match, read_overrides
+from vlmq.overrides import check_experts, check_merged, check_possible, match, read_overrides
 from vlmq.scheme import Scheme, parse_scheme
 from vlmq.solvers import default_solver
 from vlmq.solvers.recipe import check_format, complete, learned_options, split_options
@@ -164,8 +164,8 @@ def plan(
 
     Raises:
         ValueError: an unknown format, group size, solver or option; a solver that is not meant for a
-            layer's format; a pattern that matches no layer; a layer that cannot be quantized; nothing to
-            quantize.
+            layer's format; a pattern that matches no layer; a layer that cannot be quantized; different schemes for
+            layers that are saved as one tensor; nothing to quantize.
         TypeError: the model or a scheme has the wrong type.
     """
     earlier_quantizer(model)
@@ -189,6 +189,7 @@ def plan(
                 kept[name] = f"override {pattern!r}"
     schemes = {name: given for name, given in chosen.items() if given is not None}
     check_experts(layout, schemes)
+    check_merged(model, layout, schemes)
     if not schemes:
         raise ValueError(f"nothing is left to quantize; {'; '.join(_count_reasons(kept))}")
     kept = {name: reason for name, reason in kept.items() if name not in schemes}

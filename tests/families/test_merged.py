@@ -1,0 +1,88 @@
+"""Layers that transformers saves as one tensor are found in its conversions, and need one scheme."""
+
+import more_families
+import pytest
+import tiny_models
+import torch
+
+import vlmq
+import vlmq.planning
+from vlmq.families import describe
+from vlmq.families.merged import merged_layers
+
+# Family -> the path of q, k and v in the vision tower. The last one merges the weights, and nothing of packed layers.
+MERGING = {
+    "kimi_k25": "model.vision_tower.layers.{}.attn",
+    "nemotron_h_omni": "vision_model.encoder.layer.{}.attention",
+    "step3p7": "model.vision_model.layers.{}.self_attn",
+}
+QKV = "*vision*.[qkv]_proj"
+Q = "*vision*.q_proj"
+
+
+def logits(model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch)["logits"]
+
+
+def merged(model, leaf: str) -> set[tuple[str, ...]]:
+    names = [name for name, info in describe(model).linears.items() if info.experts is None]
+    return {tuple(sorted(group)) for group in merged_layers(model, names, leaf)}
+
+
+@pytest.mark.parametrize("family", MERGING)
+def test_the_groups_are_those_of_the_conversions(family):
+    model, path = more_families.build(family), MERGING[family]
+    groups = {tuple(f"{path.format(i)}.{p}_proj" for p in "kqv") for i in range(2)}
+    assert merged(model, "weight") == groups
+    assert merged(model, "qweight") == (set() if family == "step3p7" else groups)
+
+
+def test_most_families_have_no_such_layers():
+    assert merged(tiny_models.build("qwen2_5_vl"), "weight") == set()
+    assert merged(tiny_models.build("qwen3_vl_moe"), "weight") == set()
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("kimi_k25", "int8-g16"),
+        ("kimi_k25", "int4-sym-g16"),
+        ("nemotron_h_omni", "int4-g32"),
+        ("nemotron_h_omni", None),
+        ("step3p7", None),
+    ],
+)
+def test_a_mixture_is_refused_before_the_data_are_read(family, given):
+    model = more_families.build(family)
+    first = MERGING[family].format(0)
+    words = (
+        rf"(?=.*'{first}.q_proj' {given or 'full precision'}).*'{first}.v_proj' int4-g16.*groups like this: 2"
+    )
+    with pytest.raises(ValueError, match=words):
+        vlmq.quantize(model, "no data", "int4-g16", overrides={Q: given})
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("kimi_k25", {QKV: "int8-g16"}),
+        ("nemotron_h_omni", {QKV: None}),
+        ("step3p7", {Q: "int4-sym-g16"}),
+    ],
+)
+def test_what_the_plan_lets_pass_can_be_saved_and_loaded(family, overrides, tmp_path):
+    model, batch = more_families.build(family), more_families.inputs(family)
+    vlmq.quantize(model, [batch], "int4-g16", solver="rtn", overrides=overrides)
+    vlmq.save(model, tmp_path / "packed")
+    assert torch.equal(logits(vlmq.load(tmp_path / "packed"), batch), logits(model, batch))
+
+
+def test_layers_that_are_packed_already_count(monkeypatch):
+    model, batch = more_families.build("kimi_k25"), more_families.inputs("kimi_k25")
+    with monkeypatch.context() as patch:
+        patch.setattr(vlmq.planning, "check_merged", lambda *_: None)
+        vlmq.quantize(model, [batch], "int4-g16", solver="rtn", overrides={"*": None, Q: "int4-g16"})
+    vlmq.plan(model, "int4-g16")
+    with pytest.raises(ValueError, match=r"q_proj' int4-g16, .*k_proj' int8-g16"):
+        vlmq.plan(model, "int8-g16")
