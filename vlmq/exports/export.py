@@ -160,10 +160,11 @@ def _say(
         except ValueError as error:
             reason = error
         if rounding is None:
-            hint = "".join(f"; {other} is one way to convert" for other in target.roundings)
+            ways = " or ".join(f"--convert {way}" for way in (target.example, *target.roundings))
             raise ValueError(
                 f"{to} cannot say layer {name!r}, {Scheme(weight.format, weight.group_size).name}: {reason}; quantize "
-                f"to a symmetric scheme such as int4-sym-g128, or convert to one (with a measured loss){hint}"
+                f"to a symmetric scheme such as {target.example}, or round such layers, with a measured loss: {ways} "
+                "(in Python the argument convert)"
             ) from reason
         try:
             said[name], after = rounding(weight)

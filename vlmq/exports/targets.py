@@ -69,6 +69,7 @@ class Target:
         check_package: raises ValueError if a package is missing.
         roundings: {name for `convert`: a layer in the format, and the weights that this leaves}.
         is_replaced: whether a file of the folder goes with the model that is replaced.
+        example: a scheme that it can say, for messages.
     """
 
     say: Callable[[QuantizedWeight], Any]
@@ -78,6 +79,7 @@ class Target:
     check_package: Callable[[], None] = _no_package
     roundings: Mapping[str, Callable[[QuantizedWeight], tuple[Any, Tensor]]] = field(default_factory=dict)
     is_replaced: Callable[[str], bool] = _is_model_file
+    example: str = "int4-sym-g128"
 
 
 def to_compressed_tensors(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: Any) -> Content:
@@ -184,7 +186,7 @@ def _name(grid: IntegerGrid) -> str:
 TARGETS: dict[str, Target] = {
     "compressed-tensors": Target(integer_grid, to_compressed_tensors),
     "gptq": Target(gptq.gptq_grid, to_gptq),
-    "gemma": Target(gemma.channel_grid, to_gemma),
+    "gemma": Target(gemma.channel_grid, to_gemma, example="int4-sym-channel"),
     "gguf": _gguf(COMMON),
     "gguf-small": _gguf(SMALLEST),
 }
