@@ -43,6 +43,14 @@ def test_most_families_have_no_such_layers():
     assert merged(tiny_models.build("qwen3_vl_moe"), "weight") == set()
 
 
+def test_a_family_may_merge_layers_of_the_language_model():
+    model, path = more_families.build("molmo2"), "model.language_model.layers.{}."
+    attention = {tuple(f"{path.format(i)}self_attn.{p}_proj" for p in "kqv") for i in range(2)}
+    ffn = {tuple(f"{path.format(i)}mlp.{p}_proj" for p in ("gate", "up")) for i in range(2)}
+    assert merged(model, "qweight") == attention
+    assert merged(model, "weight") == attention | ffn
+
+
 @pytest.mark.parametrize(
     ("family", "given"),
     [
@@ -69,6 +77,7 @@ def test_a_mixture_is_refused_before_the_data_are_read(family, given):
         ("kimi_k25", {QKV: "int8-g16"}),
         ("nemotron_h_omni", {QKV: None}),
         ("step3p7", {Q: "int4-sym-g16"}),
+        ("molmo2", {"*.up_proj": "ternary-g16"}),
     ],
 )
 def test_what_the_plan_lets_pass_can_be_saved_and_loaded(family, overrides, tmp_path):

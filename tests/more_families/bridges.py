@@ -11,6 +11,13 @@ from more_families.family import (
 )
 
 NO_GROUPS = {key: value for key, value in TEXT.items() if key not in ("num_key_value_heads", "head_dim")}
+HEADS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
 
 BRIDGES: dict[str, Family] = {
     "idefics2": Family(
@@ -206,6 +213,21 @@ BRIDGES: dict[str, Family] = {
             image_token_id=IMAGE_TOKEN,
         ),
         extra=picture(),
+        n_packed=26,
+    ),
+    "molmo2": Family(
+        lambda: hf.Molmo2Config(
+            text_config={**TEXT, "additional_vocab_size": 8},
+            vision_config={**HEADS, "num_hidden_layers": 2, "image_size": [28, 28], "patch_size": 14},
+            adapter_config={**HEADS, "vision_feature_layer": [1, 0], "text_hidden_size": 64},
+            image_patch_id=IMAGE_TOKEN,
+        ),
+        image_tokens=1,
+        extra=lambda rows, ids: {
+            "pixel_values": pixels(rows, 4, 3 * 14**2),
+            "image_token_pooling": torch.arange(4 * rows).view(rows, 4),
+            "image_grids": torch.tensor([[1, 1, 0, 0]] * rows),
+        },
         n_packed=26,
     ),
 }
