@@ -203,14 +203,15 @@ def collate_text(rows: Sequence[CalibBatch], pad_token_id: int) -> CalibBatch:
 
 
 def _fit_forward(batch: CalibBatch, model: nn.Module, where: str) -> CalibBatch:
-    """Drop inputs that the forward does not take; images that it does not take are an error."""
+    """Drop inputs that the forward does not take; images and videos that it does not take are an error."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "input_ids" in parameters and "pixel_values" in batch.inputs and "pixel_values" not in parameters:
-        raise ValueError(
-            f"{where} holds images, but {type(model).__name__} takes no pixel_values: calibrate it on text, "
-            f"or quantize the whole vision-language model"
-        )
+    for what, name in (("images", "pixel_values"), ("videos", "pixel_values_videos")):
+        if "input_ids" in parameters and name in batch.inputs and name not in parameters:
+            raise ValueError(
+                f"{where} holds {what}, but {type(model).__name__} takes no {name}: calibrate it on text, "
+                f"or quantize the whole vision-language model"
+            )
     extra = [] if takes_any else [name for name in batch.inputs if name not in parameters]
     if extra:
         logger.info("%s: %s.forward takes no %s; left out", where, type(model).__name__, ", ".join(extra))
