@@ -130,6 +130,33 @@ def test_families_covered(page):
     assert dual[0] == dual[1]
 
 
+def test_speed_of_one_layer():
+    records = json.loads((RESULTS / "cpu_kernels.json").read_text())
+    measured = {(r["threads"], row["name"], row["isa"]): row for r in records for row in r["rows"]}
+    table = rows("docs/speed.md", "| layer | one thread |")
+    assert len(table) == 7
+    for name, *cells in table[:-1]:
+        expected = []
+        for threads in (1, 2):
+            best, avx2 = (measured[threads, name.strip("`"), isa] for isa in ("avx512vnni", "avx2"))
+            assert (
+                cells[2 + 3 * (threads - 1)]
+                == f"{avx2['speedup']:.1f} x, {100 * avx2['bandwidth_share']:.0f} %"
+            )
+            expected += [best["speedup"], 100 * best["bandwidth_share"]]
+        assert_shown([cells[i].rstrip(" x%") for i in (0, 1, 3, 4)], expected, f"speed of {name}")
+
+
+def test_speed_beside_llama_cpp():
+    one, two = json.loads((RESULTS / "llama_cpp.json").read_text())["groups"]
+    table = rows("docs/speed.md", "| layers | bits |")
+    assert len(table) == len(one) == len(two)
+    for row, *measured in zip(table, one, two, strict=True):
+        assert row[0].removeprefix("llama.cpp ").strip("`") == measured[0]["layers"] == measured[1]["layers"]
+        pairs = [value for m in measured for value in (m["tokens_per_second"], m["ratio"])]
+        assert_shown(row[1:], [measured[0]["bits_per_weight"], *pairs], f"speed of {row[0]}")
+
+
 def test_other_figure_is_found():
     with pytest.raises(AssertionError, match=r"the page shows 1.25, the results file 1.26"):
         assert_shown(["1.25"], [1.26], "here")
