@@ -42,6 +42,8 @@
 #undef TIMES_PLUS
 #undef FOUR_TOTALS
 #undef WIDE_DOT
+#undef LOOK_UP_HALVES
+#undef HALVES_OF
 #undef UNPACK_VECTOR
 #undef DEFINE_SWEEP
 #undef ADD_PRODUCTS

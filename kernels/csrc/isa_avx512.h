@@ -42,6 +42,10 @@
     _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << (n)) - 1u), p)))
 #define TIMES_PLUS(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define WIDE_DOT
+#define HALVES_OF(floats) halves_of_16(floats)
+#define LOOK_UP_HALVES(p, table, codes) \
+    _mm512_storeu_si512(                \
+        p, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(codes))), table))
 #define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_16(a, b, c, d))
 
 /* Of each 4 numbers first, (0 + 2) + (1 + 3), then of the four parts of 16. */
@@ -51,6 +55,16 @@ VLMQ_TARGET static inline __m128 four_totals_of_16(__m512 a, __m512 b, __m512 c,
     __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+
+/* bfloat16_of_float of 16 numbers, in the low half of a vector. */
+VLMQ_TARGET static inline __m512i halves_of_16(__m512 floats) {
+    const __m512i bits = _mm512_castps_si512(floats), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(floats, floats, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), is_nan, high, _mm512_set1_epi32(0x40));
+    return _mm512_castsi256_si512(_mm512_cvtepi32_epi16(rounded));
 }
 
 #include "instantiate.h"

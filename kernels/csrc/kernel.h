@@ -8,8 +8,8 @@
  *     PART(v)                                 even bytes of each 16 first
  *     AND_SHIFT(v, shift, mask), LOOK_UP(table, v), TABLE(p)
  *     LOAD_X(p), DOT(sums, codes, x), NO_SUMS, FLOATS_OF(sums)
- *     HALVES(p), BYTES(p)                     WIDTH / 4 numbers in float16 or in bytes, as floats
- *     LOAD_PICK(p), LOAD_FLOATS(p), SAME(f), TIMES(a, b), MINUS(a, b), TIMES_PLUS(a, b, c)
+ *     HALVES(p), BFLOATS(p), BYTES(p)         WIDTH / 4 numbers in float16, bfloat16 or in bytes, as floats
+ *     LOAD_PICK(p), LOAD_FLOATS(p), STORE_FLOATS(p, f), SAME(f), TIMES(a, b), MINUS(a, b), TIMES_PLUS(a, b, c)
  *     FEW_HALVES(p, n), FEW_BYTES(p, n)       fewer of them, zeros after them; nothing is read beyond (optional)
  *     PICK(scales, pick, first), PICK_ONE(scales, i)  scales `pick` on from `first`; one for all sums
  *     FOUR_TOTALS(p, a, b, c, d)              the sum of each of four vectors
