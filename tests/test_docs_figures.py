@@ -147,6 +147,19 @@ def test_speed_of_one_layer():
         assert_shown([cells[i].rstrip(" x%") for i in (0, 1, 3, 4)], expected, f"speed of {name}")
 
 
+def test_attention_and_prompts():
+    measured = json.loads((RESULTS / "decoding.json").read_text())["milliseconds"]
+    table = rows("docs/speed.md", "| | torch | vlmq |")
+    assert len(table) == 5
+    for name, *cells in table:
+        if name.startswith("attention"):
+            expected = [measured[f"{name}: torch"], measured[f"{name}: vlmq"]]
+        else:
+            tokens, scheme = name.split(", ")
+            expected = [measured[f"{tokens}: torch"], measured[f"{tokens}: {scheme.strip('`')}"]]
+        assert_shown(cells, expected, name)
+
+
 def test_speed_beside_llama_cpp():
     one, two = json.loads((RESULTS / "llama_cpp.json").read_text())["groups"]
     table = rows("docs/speed.md", "| layers | bits |")

@@ -1,0 +1,95 @@
+"""What a token and a short prompt take on a CPU outside of the one-token kernels, against torch, in turns.
+
+    python -m vlmq.eval.bench_decoding --threads 1 --json eval/results/decoding.json
+
+Attention of one new token in bfloat16 (`vlmq.kernels.attention`) against torch's product, and 64 tokens through a
+packed layer of 4096 x 4096, which are multiplied with unpacked weights, against torch's bfloat16 layer. Two calls of
+each in a round, of which the second is timed; a figure is the median of the rounds.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from vlmq.eval.bench_cpu import SIZE
+from vlmq.eval.smollm2 import commit
+from vlmq.formats import get_format, n_groups
+from vlmq.kernels import cpu
+from vlmq.kernels.attention import attend
+from vlmq.kernels.packing import row_bytes
+
+# Heads, heads of keys, size of a head, keys.
+ATTENTIONS = ((9, 3, 64, 80), (32, 32, 64, 100), (32, 8, 128, 1000))
+SCHEMES = (("ternary", 64), ("int4", 64))
+N_TOKENS = 64
+
+
+def attention_calls(n_heads: int, n_kv: int, dim: int, n_keys: int) -> dict[str, Callable[[], Any]]:
+    """One new token, by torch and by vlmq."""
+    q = torch.randn(1, 1, n_heads, dim, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(1, n_kv, n_keys, dim, dtype=torch.bfloat16) for _ in range(2))
+    name = f"attention, {n_heads} heads of {dim}, {n_kv} of keys, {n_keys} keys"
+    return {
+        f"{name}: torch": lambda: functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        f"{name}: vlmq": lambda: attend(q, k, v, None, dim**-0.5),
+    }
+
+
+def prompt_calls() -> dict[str, Callable[[], Any]]:
+    """64 tokens through one layer, by torch and packed."""
+    x = torch.randn(N_TOKENS, SIZE, dtype=torch.bfloat16)
+    weight = torch.randn(SIZE, SIZE, dtype=torch.bfloat16)
+    calls: dict[str, Callable[[], Any]] = {f"{N_TOKENS} tokens: torch": lambda: functional.linear(x, weight)}
+    for name, group_size in SCHEMES:
+        fmt = get_format(name)
+        groups = (SIZE, n_groups(SIZE, group_size))
+        codes = torch.randint(0, 256, (SIZE, row_bytes(SIZE, fmt.bits)), dtype=torch.uint8)
+        zeros = torch.randint(0, 256, groups, dtype=torch.uint8) if fmt.has_zero else None
+        layer = cpu.bind(codes, torch.rand(*groups, fmt.n_terms).half(), zeros, None, name, SIZE, group_size)
+        calls[f"{N_TOKENS} tokens: {name}-g{group_size}"] = lambda layer=layer: layer(x)
+    return calls
+
+
+@torch.inference_mode()
+def bench_decoding(n_rounds: int = 40) -> dict[str, float]:
+    """Milliseconds of each call, by name."""
+    calls = {
+        name: call for sizes in ATTENTIONS for name, call in attention_calls(*sizes).items()
+    } | prompt_calls()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(n_rounds):
+        for name, call in calls.items():
+            call()
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    """Read the arguments, measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    load = os.getloadavg()[0]
+    found = bench_decoding()
+    for name, milliseconds in found.items():
+        print(f"{milliseconds:9.3f} ms  {name}")
+    if arguments.json is not None:
+        record = {"commit": commit(), "threads": arguments.threads, "load": load, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps(record | {"milliseconds": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

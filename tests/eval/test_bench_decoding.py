@@ -1,0 +1,30 @@
+"""The times beside the one-token kernels: every call runs, and torch has a row beside each of vlmq's."""
+
+import json
+import sys
+
+import pytest
+
+from vlmq.eval import bench_decoding
+from vlmq.kernels import cpu
+
+
+@pytest.mark.skipif(cpu.missing_library() is not None, reason="needs the C kernels")
+def test_all_calls_are_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_decoding, "ATTENTIONS", ((4, 2, 32, 9),))
+    monkeypatch.setattr(bench_decoding, "SIZE", 128)
+    path = tmp_path / "decoding.json"
+    monkeypatch.setattr(sys, "argv", ["bench_decoding", "--json", str(path)])
+    bench_decoding.main()
+    record = json.loads(path.read_text())
+    name = "attention, 4 heads of 32, 2 of keys, 9 keys"
+    rows = [
+        f"{name}: torch",
+        f"{name}: vlmq",
+        "64 tokens: torch",
+        "64 tokens: ternary-g64",
+        "64 tokens: int4-g64",
+    ]
+    assert list(record["milliseconds"]) == rows
+    assert min(record["milliseconds"].values()) > 0
+    assert all(row in capsys.readouterr().out for row in rows[:1])
