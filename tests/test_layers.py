@@ -15,13 +15,13 @@ LAYERS = (
     "kernels , families , linalg",
     "siblings , decoding",
     "linear | calib | solvers",
-    "quantization , block_solving , expert_solving , learning , run , planning , overrides , checkpoint , staging"
-    " , integrity , stored , hf , attach , embedding , opening , progress , distillation , distill_data , distill_loop"
-    " , distill_losses , distill_settings , straight_through , imports , foreign",
+    "quantization , block_solving , expert_solving , learning , run , resuming , planning , overrides , checkpoint"
+    " , staging , integrity , stored , hf , attach , embedding , opening , progress , distillation , distill_data"
+    " , distill_loop , distill_losses , distill_settings , straight_through , imports , foreign",
     "exports",
     "eval",
     "card , hub",
-    "terminal , cli , cli_bench , cli_distill , cli_eval , cli_export , cli_quantize",
+    "terminal , cli , cli_bench , cli_distill , cli_eval , cli_export , cli_quantize , cli_show",
 )
 RANK = {
     room: i for i, layer in enumerate(LAYERS) for room in layer.replace("|", ",").replace(",", " ").split()

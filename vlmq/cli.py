@@ -15,7 +15,8 @@ from vlmq.cli_bench import bench_command
 from vlmq.cli_distill import distill_command
 from vlmq.cli_eval import eval_command
 from vlmq.cli_export import export_command
-from vlmq.cli_quantize import quantize_command, show_model
+from vlmq.cli_quantize import quantize_command
+from vlmq.cli_show import show_model
 from vlmq.eval.demo import run_demo
 from vlmq.eval.summary import kernel_table, layer_table, part_table, share_table
 from vlmq.families import describe
@@ -110,10 +111,11 @@ def demo_command(
 
 
 def _message(error: Exception) -> str:
-    """What an error says, without the number that the system gives it."""
+    """What an error says, with its notes and without the number that the system gives it."""
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    return "; ".join((text, *getattr(error, "__notes__", ())))
 
 
 def main() -> None:

@@ -13,22 +13,27 @@ from vlmq import checkpoint, hub, terminal
 from vlmq.calib.data import load
 from vlmq.calib.saliency import SALIENCIES, read_options
 from vlmq.card import keep_evaluation, write_card
+from vlmq.cli_show import show_model, show_plan
 from vlmq.eval.evaluation import evaluate
 from vlmq.eval.perplexity import token_windows
 from vlmq.eval.report import Table
 from vlmq.eval.round_trip import RoundTrip, check_round_trip
-from vlmq.eval.size import disk_bytes, model_size
-from vlmq.eval.summary import layer_table, part_table, plan_table, share_table
+from vlmq.eval.summary import layer_table, part_table
 from vlmq.eval.vqa import VqaRow, load_rows
 from vlmq.opening import check_device, open_empty, open_model, open_processor
 from vlmq.options import parse_options
 from vlmq.overrides import PRESETS
 from vlmq.planning import Plan, plan
 from vlmq.quantization import DEFAULT_ALPHA, DEFAULT_SALIENCY, check_alpha, quantize
+from vlmq.resuming import check_folder
 from vlmq.scheme import Scheme
 from vlmq.staging import check_space
 
 TOKEN_WEIGHTS = ", ".join(SALIENCIES)
+KEPT = "the same command goes on after the blocks that are finished in {}"
+NOT_KEPT = (
+    "nothing is kept; with --checkpoint-dir DIR the same command goes on after the blocks that are finished"
+)
 
 
 def quantize_command(
@@ -64,6 +69,7 @@ def quantize_command(
         int, typer.Option(help="The same seed on the same machine gives the same packed bytes.")
     ] = 0,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cuda:1; the CPU unless told.")] = None,
+    checkpoint_dir: Annotated[Path | None, typer.Option(help="Go on from here if interrupted.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text file: perplexity before and after.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 512,
     vqa: Annotated[
@@ -90,11 +96,14 @@ def quantize_command(
         "options": parse_options(option or []),
         "embeddings": embeddings,
     }
-    steps = _plan(model, out, scheme, how, trust_remote_code)
+    check_folders(out, model, checkpoint_dir)
+    with terminal.working("planning"):
+        steps = plan(open_empty(model, trust_remote_code=trust_remote_code), scheme, **how)
     if dry_run:
-        _show_plan(steps, json)
+        show_plan(steps, json)
         return
-    how |= {"saliency": saliency, "saliency_options": saliency_options, "alpha": alpha}
+    how |= {"saliency": saliency, "saliency_options": saliency_options}
+    how |= {"alpha": alpha, "checkpoint_dir": checkpoint_dir}
     job = Job(model, out, scheme, how, seed, device, trust_remote_code)
     measures = Measures.read(text, length, vqa)
     push = None if push is None else hub.check_access(push, private=private)
@@ -167,10 +176,17 @@ class Job:
     def run(
         self, calib: str | None, n_samples: int, max_tokens: int, steps: Plan, measures: Measures
     ) -> tuple[PreTrainedModel, RoundTrip]:
-        """Quantize, save, check, measure, write the card."""
+        """Quantize, save, check, measure, write the card; a signal that stops it says how to go on."""
         if calib is None:
             sources = "a folder of images, a .jsonl file or a known set"
             raise ValueError(f"--calib is missing: give {sources}, or --dry-run")
+        folder = self.how["checkpoint_dir"]
+        with terminal.stoppable(NOT_KEPT if folder is None else KEPT.format(folder)):
+            return self._run(calib, n_samples, max_tokens, steps, measures)
+
+    def _run(
+        self, calib: str, n_samples: int, max_tokens: int, steps: Plan, measures: Measures
+    ) -> tuple[PreTrainedModel, RoundTrip]:
         check_space(self.out.absolute(), steps.n_bytes_after)
         trust = self.trust_remote_code
         with terminal.working("loading calibration data and model"):
@@ -201,12 +217,23 @@ def _named(path: Path) -> str:
     return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
-def _plan(model: str, out: Path, scheme: str, how: dict[str, Any], trust_remote_code: bool) -> Plan:
+def check_folders(out: Path, model: str, checkpoint_dir: Path | None) -> None:
+    """Refuse folders that are no place to write to, or that would replace each other.
+
+    Raises:
+        ValueError: OUT cannot be saved to, is MODEL, or holds the folder of finished blocks; or that holds other files.
+    """
     checkpoint.check_target(out)
     if out.resolve() == Path(model).resolve():
         raise ValueError(f"OUT is MODEL itself ({model}), which would be replaced; choose another folder")
-    with terminal.working("planning"):
-        return plan(open_empty(model, trust_remote_code=trust_remote_code), scheme, **how)
+    if checkpoint_dir is None:
+        return
+    inner = checkpoint_dir.resolve()
+    if out.resolve() in (inner, *inner.parents):
+        raise ValueError(
+            f"--checkpoint-dir {checkpoint_dir} lies in OUT ({out}), which is written as a whole; choose one beside it"
+        )
+    check_folder(checkpoint_dir)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, str | Scheme | None]:
@@ -226,63 +253,3 @@ def parse_overrides(texts: list[str]) -> dict[str, str | Scheme | None]:
             raise ValueError(f"--override {text!r}: expected PATTERN=SCHEME, such as {example}")
         overrides[pattern] = None if scheme.lower() == "none" else scheme
     return overrides
-
-
-def _show_plan(steps: Plan, json: bool) -> None:
-    figures = {
-        "coverage": steps.coverage,
-        "true_bits_per_weight": steps.true_bits_per_weight,
-        "n_bytes_before": steps.n_bytes_before,
-        "n_bytes_after": steps.n_bytes_after,
-        "kept": steps.kept,
-        "warnings": steps.warnings(),
-    }
-    if json:
-        tables = {"plan": plan_table(steps), "parameters": share_table(steps.shares())}
-        terminal.show({**tables, **figures}, json)
-    else:
-        terminal.out.print(str(steps), highlight=False, markup=False)
-
-
-def show_model(
-    model: PreTrainedModel,
-    folder: Path,
-    json: bool,
-    *,
-    tables: dict[str, Table],
-    figures: dict[str, Any] | None = None,
-) -> None:
-    """What a packed model weighs and how it was made, after the tables."""
-    size = model_size(model)
-    n_bytes = disk_bytes(folder) if folder.is_dir() else None
-    metadata = model.config.quantization_config.metadata
-    figures = figures or {}
-    content = {
-        **tables,
-        "true_bits_per_weight": size.bits_per_weight,
-        "disk_bits_per_weight": size.disk_bits_per_weight,
-        "bits_per_parameter": size.bits_per_parameter,
-        "coverage": size.coverage,
-        "n_bytes_on_disk": n_bytes,
-        "metadata": metadata,
-        **figures,
-    }
-    on_disk = "" if n_bytes is None else f"; {n_bytes / 1e6:.1f} MB in {folder}"
-    fewer = f" ({size.disk_bits_per_weight:.3f} on disk)" if size.disk_bits != size.quantized_bits else ""
-    covered = f"in {size.n_quantized_layers} layers with {size.coverage:.1%} of all parameters"
-    lines = [
-        f"{size.bits_per_weight:.3f} true bits per weight{fewer} {covered}; "
-        f"{size.bits_per_parameter:.3f} bits per parameter of everything{on_disk}",
-        *(f"{key}: {value}" for key, value in metadata.items()),
-    ]
-    if "round_trip" in figures:
-        found = figures["round_trip"]
-        said = (
-            "the same logits bit by bit"
-            if found["is_identical"]
-            else f"logits within {found['max_difference']:.3g}"
-        )
-        lines.append(f"loaded again in a fresh process: {said}; {found['question']!r}: {found['answer']!r}")
-    if "pushed" in figures:
-        lines.append(f"pushed: {figures['pushed']}")
-    terminal.show(content, json, lines=lines)

@@ -7,7 +7,6 @@ and the number of the step, so a run that was interrupted and goes on from its c
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from vlmq.calib.trees import leaves, map_leaves
 from vlmq.distill_data import DistillData
 from vlmq.distill_losses import Example, dual_losses, forward, is_dual, token_losses
 from vlmq.distill_settings import Settings, TrainProgress
+from vlmq.staging import staged_file
 from vlmq.straight_through import TrainedLinear
 
 STATE_FILE = "distill_state.pt"
@@ -218,9 +218,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "state": asdict(self.state),
         }
-        partial = self.folder / f".{STATE_FILE}"
-        torch.save(content, partial)
-        os.replace(partial, self.folder / STATE_FILE)
+        with staged_file(self.folder / STATE_FILE) as partial:
+            torch.save(content, partial)
 
     def _load_state(self) -> dict[str, Any] | None:
         if self.folder is None or not (self.folder / STATE_FILE).exists():

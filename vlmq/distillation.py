@@ -44,6 +44,8 @@ from vlmq.quantization import quantize
 from vlmq.scheme import Scheme
 from vlmq.straight_through import TrainedLinear
 
+QUANTIZED_FOLDER = "quantized"
+
 
 def distill(
     model: PreTrainedModel,
@@ -86,7 +88,8 @@ def distill(
         overrides: as for `vlmq.quantize`, for an original.
         bf16: compute student and teacher in bfloat16 (autocast); what is trained stays float32.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        checkpoint_dir: where the state of training is written; a run with the same arguments goes on from it.
+        checkpoint_dir: where the finished blocks of an original and then the state of training are written; a run with
+            the same arguments goes on from there.
         seed: of the data's order and split, and of the quantization.
         progress: told about every step; None is silent.
 
@@ -109,9 +112,9 @@ def distill(
     )
     batches = as_batches(data, model)
     check_data(model, batches, saliency)
-    original = _start(model, batches, scheme, teacher, overrides, seed)
-    parts = prepare_data(original, describe(original), batches, settings)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    original = _start(model, batches, scheme, teacher, overrides, seed, folder)
+    parts = prepare_data(original, describe(original), batches, settings)
     state = _train(model, original, parts, settings, folder, progress or SilentTraining())
     _attach_again(model, state, settings)
     return model
@@ -124,13 +127,15 @@ def _start(
     teacher: PreTrainedModel | None,
     overrides: Mapping[str, str | Scheme | None] | str | None,
     seed: int,
+    folder: Path | None,
 ) -> PreTrainedModel:
     """Check the teacher, and quantize an original after training; returns the teacher."""
     if earlier_quantizer(model) is not None:
         return check_teacher(model, teacher)
     plan(model, scheme, overrides=overrides)
     original = copy.deepcopy(model) if teacher is None else check_teacher(model, teacher)
-    quantize(model, batches, scheme, overrides=overrides, seed=seed)
+    kept = None if folder is None else folder / QUANTIZED_FOLDER
+    quantize(model, batches, scheme, overrides=overrides, checkpoint_dir=kept, seed=seed)
     return original
 
 

@@ -13,14 +13,18 @@ path U:
 6. where the recipe ends in `learned`, the grids of the block are learned on the error of its output
    (`vlmq.learning`).
 
-Layers that share inputs and token weights share H and are solved as one matrix, row under row.
+Layers that share inputs and token weights share H and are solved as one matrix, row under row. With a folder for it,
+each finished block is written there, and a call that was interrupted goes on after the last one (`vlmq.resuming`).
 
 Memory at the peak, beside the model: two stored block outputs per batch (on the CPU), one copy of the
 block, and for the layers with the most inputs three matrices of (in_features, in_features) float32; packed
 layers as they come.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +43,7 @@ from vlmq.expert_solving import quantize_experts
 from vlmq.learning import check_learning, learn_block
 from vlmq.planning import EMBEDDING_SOLVER, plan
 from vlmq.progress import Progress, SilentProgress
+from vlmq.resuming import FinishedBlocks, what_decides
 from vlmq.run import Run
 from vlmq.scheme import Scheme, parse_scheme
 
@@ -59,6 +64,7 @@ def quantize(
     options: Mapping[str, Any] | None = None,
     embeddings: str | Scheme | None = None,
     device: torch.device | str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
@@ -84,11 +90,13 @@ def quantize(
         embeddings: scheme of the token embedding and the output head, such as "int8-g64", rounded to nearest after
             all else; one packed matrix serves both where they are tied. None keeps them.
         device: where blocks are computed; None is where the model is.
+        checkpoint_dir: where finished blocks are written; a call with the same arguments goes on after them.
         seed: seed of everything random; the same seed on the same machine gives the same packed bytes.
         progress: told about every layer; None is silent.
 
     Raises:
-        ValueError: a name, shape, option or calibration row is wrong, before any work starts.
+        ValueError: a name, shape, option or calibration row is wrong, or the checkpoint_dir is of another run, before
+            any work starts.
         RuntimeError: inputs that are not finite, a layer that no token reached, a hessian that cannot be
             factored.
     """
@@ -98,18 +106,21 @@ def quantize(
     batches = as_batches(calib_data, model)
     run = Run(model, recipe, alpha, seed, progress or SilentProgress())
     check_learning(run, len(batches))
-    context = prepare(saliency, model, recipe.layout, batches, labels=labels, post=post, seed=seed)
-    _walk_and_pack(run, batches, device, lambda block: SALIENCIES[saliency](block, context))
+    settings = {"saliency": saliency, "saliency_options": dict(saliency_options or {})}
+    settings |= {"alpha": alpha, "seed": seed}
+    finished = None
+    if checkpoint_dir is not None:
+        finished = FinishedBlocks(Path(checkpoint_dir), run, what_decides(run, batches, device, settings))
+    with finished or nullcontext():
+        context = prepare(saliency, model, recipe.layout, batches, labels=labels, post=post, seed=seed)
+        _walk_and_pack(run, batches, device, lambda block: SALIENCIES[saliency](block, context), finished)
     attach(
         model,
         {name: scheme.name for name, scheme in recipe.schemes.items()},
         {
             "solver": sorted({str(s.solver) for s in recipe.schemes.values()}),
             "options": dict(options or {}),
-            "saliency": saliency,
-            "saliency_options": dict(saliency_options or {}),
-            "alpha": alpha,
-            "seed": seed,
+            **settings,
             "calibration": getattr(calib_data, "hash", None),
             "calibration_set": getattr(calib_data, "description", None),
             **origin(model),
@@ -154,6 +165,7 @@ def _walk_and_pack(
     batches: list[CalibBatch],
     device: torch.device | str | None,
     weigh: Callable[[Block], dict[str, list[Tensor]]],
+    finished: FinishedBlocks | None,
 ) -> None:
     """Quantize block by block, then pack what is left; whatever fails, the model is put back as it was."""
     run.progress.start(len(run.blocks()), len(run.plan.in_blocks()))
@@ -163,10 +175,14 @@ def _walk_and_pack(
         run.unfuse()
         with torch.no_grad():
             for block in _walk(run, batches, device):
+                if finished is not None and finished.put_back(block.spec.name):
+                    continue
                 weights = weigh(block)
                 quantize_block(run, block, weights)
                 quantize_experts(run, block, weights)
                 learn_block(run, block, weights)
+                if finished is not None:
+                    finished.keep(block.spec.name)
         run.pack()
         if embedding is not None:
             pack_embedding(run.model, embedding, run.plan.schemes[embedding.source()])

@@ -1,8 +1,8 @@
-"""Write a folder whole or not at all: into a new folder beside it, which then takes its name.
+"""Write a folder, or a file, whole or not at all: into a new one beside it, which then takes its name.
 
 At every moment the target is the old folder or the new one. Replacing takes two renames; a machine that
 stops between them leaves the old folder as ".<name>.<random>.old" beside the target, one that stops while
-writing leaves ".<name>.<random>.new".
+writing leaves ".<name>.<random>.new", of a file ".<name>.<random>.partial".
 """
 
 import errno
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+PARTIAL = ".partial"
 
 
 @contextmanager
@@ -42,6 +44,25 @@ def staged(target: Path, is_replaced: Callable[[str], bool]) -> Iterator[Path]:
         raise OSError(error.errno or errno.EIO, reason, str(target)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write a file to; at the end, written to the disk, it takes the name `target`.
+
+    Raises:
+        OSError: writing failed; `target` is as it was.
+    """
+    partial = _sibling(target, PARTIAL.lstrip("."))
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"writing failed, nothing was changed: {error}", str(target)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -4,6 +4,7 @@ Progress, messages and errors go to stderr and results to stdout, so `--json` ou
 """
 
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -176,6 +177,29 @@ def working(text: str) -> Iterator[None]:
         return
     with err.status(text):
         yield
+
+
+@contextmanager
+def stoppable(hint: str) -> Iterator[None]:
+    """SIGTERM stops the work as Ctrl-C does; one line says how to go on, the exit code names the signal.
+
+    Args:
+        hint: how to go on, where what was stopped has no note on it.
+    """
+    received: list[int] = [signal.SIGINT]
+
+    def stop(number: int, frame: Any) -> None:
+        received[0] = number
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        show_error("; ".join(["stopped", *getattr(stopped, "__notes__", (hint,))]))
+        raise SystemExit(128 + received[0]) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_libraries() -> None:
