@@ -1,10 +1,12 @@
 """GPTQ folders, read by a second, plain reading of the layout, and by vlmq's import."""
 
 import json
+import re
 
 import pytest
 import torch
 from packed_models import packed, read_tensors
+from tiny_models import build, inputs
 
 import vlmq
 from vlmq.exports import export_model
@@ -75,6 +77,17 @@ def test_a_zero_point_of_zero_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sizes_that_do_not_fill_words_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"\(48, 32\) are no multiples of 32"):
-        export_model(packed("clip", ("int4-sym-g16",)), "gptq", tmp_path / "out")
+@pytest.mark.parametrize("convert", [None, "int4-sym-g32"])
+def test_sizes_that_do_not_fill_words_are_refused_with_what_helps(convert, tmp_path):
+    reason = (
+        r"'text_model.encoder.layers.0.mlp.fc1' of any scheme: its sizes \(48, 32\) are no multiples of 32"
+    )
+    with pytest.raises(ValueError, match=reason) as refused:
+        export_model(packed("clip", ("int4-sym-g16",)), "gptq", tmp_path / "out", convert=convert)
+    assert "convert" not in str(refused.value)
+    (pattern,) = re.findall("override of None to '(.+?)'", str(refused.value))
+    overrides = {pattern.replace("text", "*").replace("fc1", "fc?"): None}
+    model = build("clip")
+    vlmq.quantize(model, inputs("clip", 1), "int4-sym-g16", solver="rtn", overrides=overrides)
+    export_model(model, "gptq", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]

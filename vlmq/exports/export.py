@@ -10,6 +10,7 @@ all (`vlmq.staging`).
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from vlmq.checkpoint import check_target
 from vlmq.embedding import round_rows
+from vlmq.exports.grid import ShapeError
 from vlmq.exports.targets import TARGETS
 from vlmq.families.experts import UnfusedExperts
 from vlmq.formats import QuantizedWeight
@@ -157,6 +159,13 @@ def _say(
         try:
             said[name] = target.say(weight)
             continue
+        except ShapeError as error:
+            alike = re.sub(r"\.\d+(?=\.)", ".*", name)
+            raise ValueError(
+                f"{to} cannot say layer {name!r} of any scheme: {error}; quantize with an override of None to "
+                f"{alike!r}, which keeps such layers in full precision, or export to a target that takes all sizes "
+                "(compressed-tensors)"
+            ) from error
         except ValueError as error:
             reason = error
         if rounding is None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmq.exports.grid import integer_grid
+from vlmq.exports.grid import ShapeError, integer_grid
 from vlmq.formats import QuantizedWeight, expand_groups
 
 TRITS = (81, 27, 9, 3, 1)
@@ -157,9 +157,10 @@ def to_blocks(weight: QuantizedWeight, types: Sequence[str]) -> Blocks:
     Raises:
         ValueError: none can; the message says why, without the layer's name.
     """
+    width = weight.codes.shape[1]
+    _check_width(width)
     grid = integer_grid(weight)
     values = grid.values
-    width = values.shape[1]
     if grid.zeros is not None:
         values = values - expand_groups(grid.zeros, grid.group_size, width)
     used = (torch.bincount((values.flatten() + 512).int()).nonzero()[:, 0] - 512).tolist()
@@ -185,6 +186,7 @@ def with_offsets(weight: QuantizedWeight) -> tuple[Blocks, Tensor]:
     fmt, width = weight.format, weight.codes.shape[1]
     if fmt.n_terms > 1 or fmt.n_levels > 16:
         raise ValueError(f"Q4_1 takes one plane of at most 16 levels, {fmt.name} has {fmt.n_levels} codes")
+    _check_width(width)
     if reason := _why_no_blocks(width, weight.group_size, 32):
         raise ValueError(reason)
     first = fmt.levels[0][0]
@@ -209,6 +211,11 @@ def _pack(
     heads = [scales[:, places]] if offsets is None else [scales[:, places], offsets[:, places]]
     head = torch.stack(heads, -1).view(torch.uint8).flatten(0, 1)  # (n_blocks, 2 or 4)
     return type_.pack(codes.view(-1, type_.n_weights), head).view(n_rows, -1)
+
+
+def _check_width(width: int) -> None:
+    if reason := _why_no_blocks(width, None, 32):
+        raise ShapeError(reason)
 
 
 def _why_no_blocks(width: int, group_size: int | None, n_weights: int) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmq.exports.grid import IntegerGrid, integer_grid, share, whole_groups
+from vlmq.exports.grid import IntegerGrid, ShapeError, integer_grid, share, whole_groups
 from vlmq.formats import QuantizedWeight
 from vlmq.words import to_words
 
@@ -30,12 +30,12 @@ def gptq_grid(weight: QuantizedWeight) -> IntegerGrid:
     """Write a weight on a grid that GPTQ can say.
 
     Raises:
-        ValueError: it cannot; the message says why.
+        ValueError: it cannot; the message says why. ShapeError where no numbers of these sizes can be said.
     """
-    grid = integer_grid(weight)
-    out_features, in_features = grid.values.shape
+    out_features, in_features = weight.codes.shape
     if in_features % 32 or out_features % 32:
-        raise ValueError(f"its sizes ({out_features}, {in_features}) are no multiples of 32")
+        raise ShapeError(f"its sizes ({out_features}, {in_features}) are no multiples of 32")
+    grid = integer_grid(weight)
     if grid.zeros is not None and bool((grid.zeros == -(2 ** (grid.bits - 1))).any()):
         raise ValueError("some zero points are 0, which version 1 would store as -1")
     return grid

@@ -18,6 +18,10 @@ from torch import Tensor
 from vlmq.formats import QuantizedWeight, expand_groups, n_groups
 
 
+class ShapeError(ValueError):
+    """The target has no room for the sizes of a layer, whatever numbers it holds: rounding does not help."""
+
+
 @dataclass(frozen=True)
 class IntegerGrid:
     """A weight of (out_features, in_features) on a grid of whole numbers.
