@@ -168,3 +168,15 @@ def test_quantized_activations_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="it quantizes activations"):
         vlmq.load(tmp_path)
+
+
+def test_a_missing_tensor_is_an_error(tmp_path):
+    """transformers would draw it anew and only log that."""
+    write(tmp_path, "gptq")
+    tensors = read_tensors(tmp_path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="the checkpoint lacks tensors of LlamaForCausalLM: model.norm.weight"
+    ):
+        vlmq.load(tmp_path)

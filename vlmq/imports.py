@@ -25,8 +25,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vlmq.attach import attach
+from vlmq.families import describe
 from vlmq.foreign import Reader, read_awq, read_compressed, read_gptq
+from vlmq.integrity import check_missing
 from vlmq.linear import QuantLinear
+from vlmq.overrides import check_merged
 from vlmq.scheme import Scheme
 
 METHODS = ("compressed-tensors", "gptq", "awq")
@@ -46,6 +49,8 @@ class ForeignLinear(nn.Module):
             dtype = self.dtype if leaf == "bias" else INTEGERS.get(kind, torch.float32)
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+        if linear.bias is not None and "bias" not in shapes:  # under another name, such as one for q, k and v
+            self.bias = nn.Parameter(torch.empty_like(linear.bias, device="meta"), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
@@ -105,9 +110,9 @@ class ImportQuantizer(HfQuantizer):
             model.set_submodule(name, ForeignLinear(linear, layers[on_disk]))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name, layer in list(model.named_modules()):
-            if not isinstance(layer, ForeignLinear):
-                continue
+        foreign = {name: layer for name, layer in model.named_modules() if isinstance(layer, ForeignLinear)}
+        check_missing(model, foreign)
+        for name, layer in foreign.items():
             tensors = {leaf: p.detach() for leaf, p in layer.named_parameters(recurse=False)}
             if any(tensor.is_meta for tensor in tensors.values()):
                 raise ValueError(f"layer {name!r} is offloaded to disk; load it to a device")
@@ -133,7 +138,8 @@ def load_foreign(
         options: go to `from_pretrained`.
 
     Raises:
-        ValueError: a layout that is not read, or a layer that vlmq cannot say without loss.
+        ValueError: a layout that is not read, a layer that vlmq cannot say without loss, layers that could not be saved
+            again, or missing tensors.
     """
     source = dict(config.quantization_config)
     marker_of(source)
@@ -141,6 +147,9 @@ def load_foreign(
     model = model_class.from_pretrained(path_or_id, **{**options, "config": config, "use_safetensors": True})
     schemes = model.hf_quantizer.schemes
     model.hf_quantizer = None
+    check_merged(
+        model, describe(model), {}, "vlmq cannot save it; it needs a checkpoint with one scheme for them"
+    )
     attach(model, schemes, {"imported_from": source["quant_method"]})
     return model
 
@@ -225,7 +234,14 @@ def _names_in_memory(model: PreTrainedModel, layers: list[str]) -> dict[str, str
     own = model.state_dict()
     names: dict[str, str] = {}
     for layer in layers:
-        key, _ = rename_source_key(f"{layer}.weight", renamings, converters, model.base_model_prefix, own)
+        key, conversion = rename_source_key(
+            f"{layer}.weight", renamings, converters, model.base_model_prefix, own
+        )
+        if conversion is not None:
+            raise ValueError(
+                f"packed layer {layer!r} is not read: {type(model).__name__} splits, merges or reorders its weight "
+                f"({key!r}); vlmq reads packed layers that correspond one to one"
+            )
         names[layer] = key.removesuffix(".weight")
     return names
 

@@ -169,7 +169,7 @@ def check_listed(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
             raise ValueError(f"layer {name!r} is packed as {found}, listed as {scheme.name}")
 
 
-def check_missing(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
+def check_missing(model: PreTrainedModel, packed: Container[str]) -> None:
     """Check that every tensor of a model that was just loaded came from a file.
 
     transformers leaves a missing packed tensor as it was allocated and draws a missing weight anew. A
@@ -185,7 +185,7 @@ def check_missing(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None
         # An offloaded tensor carries no flag; one that was never read has a wrong checksum.
         if tensor.is_meta or getattr(tensor, "_is_hf_initialized", False):
             continue
-        if name.rpartition(".")[0] in schemes or (
+        if name.rpartition(".")[0] in packed or (
             is_saved_class and not any(pattern.search(name) for pattern in may_miss)
         ):
             missing.append(name)

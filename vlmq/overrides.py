@@ -88,7 +88,12 @@ def check_experts(layout: Layout, schemes: Mapping[str, Scheme]) -> None:
             )
 
 
-def check_merged(model: PreTrainedModel, layout: Layout, schemes: Mapping[str, Scheme]) -> None:
+def check_merged(
+    model: PreTrainedModel,
+    layout: Layout,
+    schemes: Mapping[str, Scheme],
+    advice: str = "use an override that matches all of them, with one scheme or with None to keep them",
+) -> None:
     """Raise ValueError where layers that are saved as one tensor would have different schemes, or be packed in part."""
     chosen: dict[str, str | None] = {}
     for name in (name for name, info in layout.linears.items() if info.experts is None):
@@ -105,7 +110,7 @@ def check_merged(model: PreTrainedModel, layout: Layout, schemes: Mapping[str, S
         more = f" (groups like this: {n_more + 1})" if n_more else ""
         raise ValueError(
             f"transformers saves these layers as one tensor, so they need one scheme, but would have: {given}{more}; "
-            "use an override that matches all of them, with one scheme or with None to keep them"
+            f"{advice}"
         )
 
 

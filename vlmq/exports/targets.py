@@ -4,6 +4,7 @@ What a target says of a layer is its own record (`IntegerGrid`, `Blocks`), and s
 reason where it cannot. A target that has roundings of its own beside schemes names them.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from vlmq.exports.gguf_layout import text_part
 from vlmq.exports.gguf_vocabulary import vocabulary
 from vlmq.exports.grid import IntegerGrid, integer_grid
 from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
+from vlmq.families.merged import merged_layers
 from vlmq.formats import QuantizedWeight
+from vlmq.integrity import listing
 from vlmq.linear import QuantLinear
 
 BFLOAT16 = "scales are float16; a reader that computes in bfloat16 rounds them: load with dtype=float16"
@@ -44,8 +47,21 @@ class Content:
     notes: list[str]
 
 
-def _always(model: PreTrainedModel, processor: Any) -> None:
-    """Nothing about the model or its processor stands against the target."""
+def check_apart(model: PreTrainedModel, processor: Any) -> None:
+    """That each packed layer has tensors of its own in a folder of transformers.
+
+    Raises:
+        ValueError: the family stores some packed layers as one tensor, under a name that a reader of it knows.
+    """
+    packed = packed_layers(model)
+    groups = merged_layers(model, [*packed, *kept_linears(model)], "weight")
+    affected = [names for group in groups if (names := [name for name in group if name in packed])]
+    if affected:
+        alike = ", ".join(repr(re.sub(r"\.\d+(?=\.)", ".*", name)) for name in affected[0])
+        raise ValueError(
+            f"this family stores {listing(affected[0])} with others as one tensor ({len(affected)} groups like this), "
+            f"and this target has no such layers; quantize with an override of None to {alike} to export the rest"
+        )
 
 
 def _no_package() -> None:
@@ -75,7 +91,7 @@ class Target:
     say: Callable[[QuantizedWeight], Any]
     fill: Callable[[PreTrainedModel, dict[str, Any], Any], Content]
     layers: Callable[[PreTrainedModel], dict[str, QuantLinear]] = packed_layers
-    check: Callable[[PreTrainedModel, Any], object] = _always
+    check: Callable[[PreTrainedModel, Any], object] = check_apart
     check_package: Callable[[], None] = _no_package
     roundings: Mapping[str, Callable[[QuantizedWeight], tuple[Any, Tensor]]] = field(default_factory=dict)
     is_replaced: Callable[[str], bool] = _is_model_file
