@@ -22,6 +22,8 @@ SHIPPED = Path(__file__).with_name("triton_tuned.json")
 MAX_FUSED_TOKENS = 256
 """Above it the weight is dequantized once and the vendor's product taken."""
 
+TENSOR_MEMORY = ("sm_100", "sm_101", "sm_103", "sm_110")
+
 
 @dataclass(frozen=True)
 class MatmulConfig:
@@ -100,6 +102,8 @@ def default_matmul(
     # For few tokens four warps would take the products of warp groups (sm_90) or of tensor memory (sm_100), which wait
     # or copy at each plane of codes: 1.3 to 2 times the instructions. For many, four have too few registers but there.
     warps = 2 if block_m <= 16 else 4 if block_m == 32 or arch == "sm_90" else 8
+    if traps(arch, group_size):
+        warps = 2
     # Two blocks of 8-bit codes need more registers than there are.
     blocks = 1 if group_size or fmt.bits == 8 else 2
     block_n = 64 if _needs_narrow_tile(arch, block_m, in_features, fmt, group_size) else 128
@@ -111,13 +115,22 @@ def default_matmul(
     return MatmulConfig(block_n, block_m, blocks, splits, warps, 4 if block_m < 64 else 3)
 
 
+def traps(arch: str, group_size: int) -> bool:
+    """Say whether products of four warps and more may not be taken: seen by compiling, with Triton 3.6 and 3.9.
+
+    There they are products of tensor memory, and of small groups Triton makes a kernel of some that does nothing but
+    trap. Two warps take the products of single warps everywhere.
+    """
+    return arch in TENSOR_MEMORY and 0 < group_size < 128
+
+
 def _needs_narrow_tile(arch: str, block_m: int, in_features: int, fmt: Format, group_size: int) -> bool:
     """Say whether registers would be spilled with 128 outputs to a tile: found by compiling, not by timing.
 
     Half the outputs take about a tenth more instructions for each weight, so the others keep 128.
     """
     has_tail = in_features % 128 != 0
-    if has_tail or (block_m == 64 and 0 < group_size < 128):
+    if has_tail or (block_m == 64 and 0 < group_size < 128) or (block_m > 16 and traps(arch, group_size)):
         return True
     if fmt.n_terms > 1:
         return block_m > 8 or group_size != 128

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmq.formats import get_format
 from vlmq.kernels import triton_linear
 from vlmq.kernels.packing import row_bytes
-from vlmq.kernels.triton_config import MatmulConfig, default_matmul, matmul_key, read_table, user_table
+from vlmq.kernels.triton_config import MatmulConfig, default_matmul, matmul_key, read_table, traps, user_table
 
 COLD_BYTES = 300 * 2**20
 """Weights that are read in turn, several times the L2 cache of any GPU so far."""
@@ -50,6 +50,8 @@ def candidates(shape: Shape, arch: str, n_processors: int) -> list[MatmulConfig]
                 for stages in (3, 4):
                     tiles = {"block_n": block_n, "blocks": n_blocks, "splits": splits}
                     found.append(replace(rule, **tiles, warps=warps, stages=stages))
+    if traps(arch, shape.group_size):  # one that did would take the process with it
+        found = [config for config in found if config.warps == 2]
     return list(dict.fromkeys(found))
 
 

@@ -72,11 +72,21 @@ def test_rule_gives_tiles_that_the_kernel_takes(n_tokens, in_features, group_siz
         ("sm_90", 1, 4096, "int2", 0, 64),
         ("sm_90", 1, 4096, "ternary2", 128, 128),
         ("sm_90", 16, 4096, "ternary2", 128, 64),
+        ("sm_100", 32, 4096, "int4", 64, 64),
+        ("sm_100", 32, 4096, "int4", 128, 128),
     ],
 )
 def test_tiles_are_narrow_where_wide_ones_spill(arch, n_tokens, in_features, name, group_size, block_n):
     rule = default_matmul(arch, n_tokens, 4096, in_features, get_format(name), group_size, 132)
     assert rule.block_n == block_n
+
+
+@pytest.mark.parametrize("n_tokens", [1, 32, 64])
+def test_what_could_trap_is_neither_chosen_nor_tried(n_tokens):
+    found = candidates(Shape("int4", 32, 4096, 4096, n_tokens), "sm_100", 148)
+    assert {config.warps for config in found} == {2}
+    others = candidates(Shape("int4", 128, 4096, 4096, n_tokens), "sm_100", 148)
+    assert {config.warps for config in others} > {4}
 
 
 def test_tuning_keeps_the_fastest_and_other_entries(tmp_path, gpu):
