@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from installed import needs_transformers
 from packed_models import packed
 from tiny_models import build
 from transformers import DynamicCache
@@ -177,7 +178,10 @@ def test_tokens_are_not_copied_while_there_is_room():
         lambda layer: layer.batch_select_indices(torch.tensor([1, 1])),
         lambda layer: layer.batch_repeat_interleave(2),
         lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
-        lambda layer: layer.reset(),
+        pytest.param(
+            lambda layer: layer.reset(),
+            marks=needs_transformers("5.18", "writes zeros into the tensors that it resets"),
+        ),
     ],
 )
 def test_a_growing_layer_follows_what_is_done_to_it(change):

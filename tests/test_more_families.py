@@ -3,6 +3,7 @@
 import more_families
 import pytest
 import torch
+from installed import older
 
 import vlmq
 from vlmq.families import describe
@@ -61,6 +62,8 @@ def test_a_model_that_was_cast_keeps_in_float32_what_its_family_does(family, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_and_layers_are_those_that_the_family_has(family):
+    if family == "aria" and older("transformers", "5.23"):
+        pytest.skip("transformers before 5.23 may hold the experts of aria in modules of its own")
     expected, model = more_families.MORE[family], more_families.build(family)
     layout, plan = describe(model), vlmq.plan(model, "int4-g16")
     assert (count_blocks(layout), len(plan.schemes)) == (expected.blocks, expected.n_packed)

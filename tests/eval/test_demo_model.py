@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from installed import needs_transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmq.eval.demo_card import measure_accuracy
@@ -34,6 +35,7 @@ def test_model_answers_the_shipped_questions(model, processor):
     assert accuracy["all"] >= 0.95
 
 
+@needs_transformers("5.18", "finds no character of an answer in the tokens of a LLaVA prompt")
 def test_chat_template_marks_the_assistants_turn(processor):
     row = load_shapes("test", n_rows=1)[0]
     inputs = processor.apply_chat_template(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from installed import needs_transformers
 
 from vlmq.eval import families
 from vlmq.eval.families import DUAL, IMAGE_TEXT, FamilyRow, examine, main, table
@@ -82,6 +83,7 @@ def test_the_table_is_the_one_of_the_results():
         assert table(rows) == page
 
 
+@needs_transformers("5.18", "has no diffusion_gemma")
 def test_a_family_without_its_blocks_is_a_problem(monkeypatch):
     monkeypatch.setattr(families, "LACKS", {})
     assert examine(IMAGE_TEXT, "fuyu").problem == "no blocks of vision were found"

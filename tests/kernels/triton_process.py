@@ -7,10 +7,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from installed import older
 
 # Found, not imported: the process that imports this module must set the variable before triton is imported.
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
+if older("triton", "3.7") and not older("numpy", "2.4"):
+    pytest.skip("Triton's interpreter before 3.7 needs NumPy before 2.4", allow_module_level=True)
 
 
 def _call(function: str, args: tuple, kwargs: dict[str, Any]) -> Any:
