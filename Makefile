@@ -24,12 +24,8 @@ types:
 	@for path in vlmq/* calib kernels eval; do ln -sfn ../../../$$path build/types/vlmq/$${path##*/}; done
 	@ln -sfn ../../pyproject.toml build/types/pyproject.toml
 
-docs: $(BIN)/pdoc  ## tutorials and API reference: build/docs/index.html
+docs: $(STAMP)  ## tutorials and API reference: build/docs/index.html
 	$(BIN)/python docs/build_site.py build/docs
-
-$(BIN)/pdoc: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
-	@touch $@
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
