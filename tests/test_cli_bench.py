@@ -43,7 +43,7 @@ def test_bench_of_the_kernels_draws_the_roofline(monkeypatch, capsys, tmp_path):
     rows = [row, row | {"name": "int4-g64", "isa": "avx2"}]
     record = {"machine": {"load": 9.0}, "torch": "2", "threads": 1, "dense_peak": 1e11, "rows": rows}
     table = Table("t", (Column("name", "Layer"),), (("read",), ("int4-g64",)))
-    monkeypatch.setattr(cli_bench, "bench_cpu", lambda threads: (table, record))
+    monkeypatch.setattr(cli_bench, "bench_cpu", lambda threads, report: (table, record))
     code, text, err = run(monkeypatch, capsys, "--kernels", "--json", "--out", str(tmp_path / "k"))
     assert code == 0
     assert json.loads(text)["rows"] == rows

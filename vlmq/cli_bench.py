@@ -106,8 +106,7 @@ def _bench_kernels(device: str | None, threads: int | None, out: Path | None) ->
     """Time the kernels of the CPU; with a folder, draw them under the roofline of the machine."""
     if device not in (None, "cpu"):
         raise ValueError(f"--kernels times those of the CPU or of a CUDA GPU, got --device {device}")
-    terminal.show_step("timing the CPU kernels, about half a minute")
-    table, record = bench_cpu(threads or torch.get_num_threads())
+    table, record = bench_cpu(threads or torch.get_num_threads(), report=terminal.show_step)
     _warn_of_load(record["machine"]["load"])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
