@@ -31,6 +31,7 @@ from vlmq.eval import bench_cpu_peers
 from vlmq.eval.peers import relative_error
 from vlmq.eval.report import Column, Table, as_markdown, as_records
 from vlmq.eval.roofline import Point
+from vlmq.eval.smollm2 import commit
 from vlmq.eval.turns import SLOW_EVERY, Call, Turn, second_of_two
 from vlmq.formats import get_format, n_groups
 from vlmq.kernels import cpu, reference
@@ -207,8 +208,14 @@ def bench_cpu(
     empty = (None,) * (len(COLUMNS) - 2)
     table = replace(table, rows=(*table.rows, *((name, reason, *empty) for name, reason in not_run)))
     machine = {"cpu": platform.processor() or platform.machine(), "n_cores": os.cpu_count(), "load": load}
-    record = {"machine": machine, "torch": torch.__version__, "threads": threads, "dense_peak": peak}
-    return table, record | {"rows": as_records(table)}
+    record = {
+        "commit": commit(),
+        "machine": machine,
+        "torch": torch.__version__,
+        "threads": threads,
+        "dense_peak": peak,
+    }
+    return table, {"commit": commit(), **record, "rows": as_records(table)}
 
 
 def roofline_points(record: dict[str, Any]) -> tuple[list[Point], float]:
@@ -226,7 +233,9 @@ def roofline_points(record: dict[str, Any]) -> tuple[list[Point], float]:
         if row["name"] == "read":
             bandwidth = row["gb_per_second"] * 1e9
             continue
-        series = f"{row['name']} ({row['isa']})"
+        words = row["name"].split()
+        is_ours = len(words) == 1
+        series = f"{words[0]} ({row['isa']})" if is_ours else f"{words[0]} {words[-1]}"
         points.append(Point(series, n_bytes, 2.0 * SIZE * SIZE, row["ms"] / 1e3))
     return points, bandwidth
 

@@ -73,28 +73,28 @@ def draw_roofline(
         raise ValueError(
             f"a roofline needs points and ceilings above 0, got {len(points)}, {bandwidth:g} and {peak:g}"
         )
-    figure = Figure(figsize=(9, 5.6), dpi=150)
-    axes = figure.add_axes((0.1, 0.12, 0.58, 0.72))
+    figure = Figure(figsize=(10, 5.6), dpi=150)
+    axes = figure.add_axes((0.09, 0.12, 0.56, 0.7))
     low = min(point.intensity for point in points) / 2
     high = max(max(point.intensity for point in points), peak / bandwidth) * 3
     roof = np.geomspace(low, high, 200)
     axes.loglog(roof, np.minimum(peak, bandwidth * roof) / GIGA, color=INK, linewidth=1.5)
     ceilings = f"roof: {bandwidth / GIGA:,.0f} GB/s, {peak / GIGA:,.0f} Gop/s (dense product)"
-    axes.text(0.98, 0.03, ceilings, transform=axes.transAxes, color=GREY, fontsize=9, ha="right")
     for number, series in enumerate(dict.fromkeys(point.series for point in points)):
         mine = [point for point in points if point.series == series]
         share = max(p.rate / min(peak, bandwidth * p.intensity) for p in mine)
         axes.loglog(
             [p.intensity for p in mine],
             [p.rate / GIGA for p in mine],
-            MARKERS[number % len(MARKERS)],
+            MARKERS[(number + number // len(COLORS)) % len(MARKERS)],  # no pair of both comes again soon
             color=COLORS[number % len(COLORS)],
             label=f"{series}, {share:.0%}",
             markersize=7,
         )
     _finish(axes)
-    figure.text(0.1, 0.94, title, fontsize=13, weight="bold", color=INK)
-    figure.text(0.1, 0.89, subtitle, fontsize=9, color=GREY)
+    figure.text(0.09, 0.94, title, fontsize=13, weight="bold", color=INK)
+    figure.text(0.09, 0.895, subtitle, fontsize=9, color=GREY)
+    figure.text(0.09, 0.855, ceilings, fontsize=9, color=GREY)
     figure.savefig(path, format="png")
 
 
@@ -110,7 +110,7 @@ def _finish(axes: Axes) -> None:
     for spine in axes.spines.values():
         spine.set_color(LINE)
     legend = axes.legend(
-        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9, labelcolor=INK
+        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8, labelcolor=INK
     )
-    legend.set_title("share of the roof", prop={"size": 9})
+    legend.set_title("share of the roof", prop={"size": 8})
     legend.set_alignment("left")

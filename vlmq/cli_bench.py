@@ -111,7 +111,8 @@ def _bench_kernels(device: str | None, threads: int | None, out: Path | None) ->
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         points, bandwidth = roofline_points(record)
-        subtitle = f"4096 x 4096, weights from memory, {record['threads']} thread(s), torch {record['torch']}"
+        n_threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+        subtitle = f"4096 x 4096, weights from memory, {n_threads}, torch {record['torch']}"
         title = "Packed layers on this CPU, one token"
         draw_roofline(
             out / "roofline.png",
