@@ -147,6 +147,41 @@ def test_speed_of_one_layer():
         assert_shown([cells[i].rstrip(" x%") for i in (0, 1, 3, 4)], expected, f"speed of {name}")
 
 
+PEER_PATHS = {
+    "AVX512": "TorchCpuAvx512Linear",
+    "ATen": "TorchAtenLinear",
+}
+
+
+def test_speed_of_other_packages_layers():
+    records = json.loads((RESULTS / "cpu_peers.json").read_text())
+    measured = {}
+    for r in records:
+        for row in r["rows"]:
+            words = row["name"].split()
+            # Name without the version, and what computes it.
+            name = f"{words[0]} {words[-1]}" if words[1:] else words[0]
+            measured[r["threads"], name, row["isa"]] = row
+    table = rows("docs/speed.md", "| one layer | bits | error |")
+    assert len(table) == 14
+    for label, *cells in table:
+        name, _, path = label.removeprefix("vlmq ").replace("`", "").partition(", ")
+        paths = {key[2] for key in measured if key[1] == name}
+        if label.startswith("vlmq"):
+            path = "avx512vnni"
+        elif label.startswith("torch's"):
+            name, path = "int4-g128", "torch"
+        else:
+            path = PEER_PATHS[path] if path else paths.pop()
+        one, two = (measured[threads, name, path] for threads in (1, 2))
+        expected = [one["bits_per_weight"], 100 * one["error"]]
+        expected += [value for row in (one, two) for value in (row["ms"], row["speedup"])]
+        assert_shown(cells, expected, f"layer {label}")
+    text = (ROOT / "docs" / "speed.md").read_text()
+    versions = {" ".join(row["name"].split()[:2]) for r in records for row in r["rows"] if " " in row["name"]}
+    assert all(version in text for version in versions)
+
+
 def test_attention_and_prompts():
     measured = json.loads((RESULTS / "decoding.json").read_text())["milliseconds"]
     table = rows("docs/speed.md", "| | torch | vlmq |")
