@@ -4,12 +4,13 @@
     python -m vlmq.eval.bench_gpu --dry-run         # the list of measurements and their bytes, without a GPU
 
 Ceilings: device copy, bf16 matmul, the smallest kernel in a CUDA graph. Then each layer at 1 and 16 tokens (decode) and
-at 2048 and 4096 (prefill), each as torch bf16, torch's own int4 operator, GemLite where it is installed, and vlmq's
-formats, with 16-bit and 8-bit activations. Each figure is the median of replays of a CUDA graph that reads weights in
-turn, COLD_BYTES of them, so that none is found in the L2 cache; the spread is (fastest, slowest). `share` is bytes over
-seconds over the copy ceiling in decode, operations over seconds over the matmul ceiling in prefill. Before it is
-timed, each vlmq kernel is compared with the reference. Then whole models (`vlmq.eval.bench_gpu_models`), each in a
-process of its own: what the kernels leave of LIMIT_SECONDS, at least LIMIT_SECONDS - KERNEL_SECONDS.
+at 2048 and 4096 (prefill), each as torch bf16, torch's own int4 operator and vlmq's formats, with 16-bit and 8-bit
+activations. Each figure is the median of replays of a CUDA graph that reads weights in turn, COLD_BYTES of them, so
+that none is found in the L2 cache; the spread is (fastest, slowest). `share` is bytes over seconds over the copy
+ceiling in decode, operations over seconds over the matmul ceiling in prefill. Before it is timed, each vlmq kernel is
+compared with the reference. Then bitsandbytes, GPTQModel and GemLite, where they are installed, for PEER_SECONDS at
+most (`vlmq.eval.bench_gpu_peers`), and whole models (`vlmq.eval.bench_gpu_models`), each in a process of its own: what
+those leave of LIMIT_SECONDS, at least LIMIT_SECONDS - KERNEL_SECONDS - PEER_SECONDS.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from typing import Any
 
 import torch
 
+from vlmq.eval import bench_gpu_peers
 from vlmq.eval.bench_gpu_models import MODES, ModelJob, plan_models, run_models
+from vlmq.eval.bench_gpu_peers import run_peers
 from vlmq.eval.smollm2 import commit
 from vlmq.formats import get_format
 from vlmq.kernels.packing import row_bytes
@@ -36,7 +39,8 @@ DECODE_TOKENS = (1, 16)
 PREFILL_TOKENS = (2048, 4096)
 FORMATS = (("int4", 128), ("int2", 128), ("ternary", 0), ("binary", 0))
 INT8_FORMATS = (("int2", 128), ("ternary", 0), ("binary", 0))
-KERNEL_SECONDS = 210.0
+KERNEL_SECONDS = 150.0
+PEER_SECONDS = 90.0
 LIMIT_SECONDS = 450.0
 LARGEST_ERROR = {"vlmq": 1e-2, "vlmq-a8": 5e-2}
 """Relative to the reference with 16-bit activations; 8-bit ones are rounded to a 127th of the largest."""
@@ -44,7 +48,7 @@ LARGEST_ERROR = {"vlmq": 1e-2, "vlmq-a8": 5e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: `kernel` is torch-bf16, torch-int4, gemlite-int4, gemlite-int2, vlmq or vlmq-a8."""
+    """One measurement: `kernel` is torch-bf16, torch-int4, vlmq or vlmq-a8."""
 
     kernel: str
     format_name: str
@@ -85,9 +89,9 @@ def check_gpu() -> None:
         raise ValueError("this measures Triton kernels, and triton is not installed; pip install triton")
 
 
-def plan(has_gemlite: bool) -> list[Case]:
-    """Return all measurements: the most wanted first, should the time not do; GemLite, which tunes itself, last."""
-    cases, others = [], []
+def plan() -> list[Case]:
+    """Return all measurements in this process: the most wanted first, should the time not do."""
+    cases = []
     for in_features, out_features in reversed(LAYERS):
         for n_tokens in (*DECODE_TOKENS, *PREFILL_TOKENS):
             size = (in_features, out_features, n_tokens)
@@ -97,9 +101,7 @@ def plan(has_gemlite: bool) -> list[Case]:
                 cases.append(Case("torch-int4", "int4", 128, *size))
             if n_tokens == 1:
                 cases += [Case("vlmq-a8", name, group, *size) for name, group in INT8_FORMATS]
-            if has_gemlite:
-                others += [Case(f"gemlite-{name}", name, 128, *size) for name in ("int4", "int2")]
-    return cases + others
+    return cases
 
 
 def ceilings() -> dict[str, float]:
@@ -124,8 +126,6 @@ def calls_of(case: Case) -> list[Callable[[], torch.Tensor]]:
         return _dense_calls(case, x)
     if case.kernel == "torch-int4":
         return _torch_int4_calls(case, x)
-    if case.kernel.startswith("gemlite"):
-        return _gemlite_calls(case, x)
     return _vlmq_calls(case, x)
 
 
@@ -151,21 +151,6 @@ def _torch_int4_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Te
     return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, group, scales) for w in packed]
 
 
-def _gemlite_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-    from gemlite.core import DType, GemLiteLinearTriton  # pyright: ignore[reportMissingImports]
-
-    n, k, group = case.out_features, case.in_features, case.group_size
-    bits = get_format(case.format_name).bits
-    layers = []
-    for _ in range(_n_copies(n * k * bits // 8)):
-        layer = GemLiteLinearTriton(bits, group, k, n, input_dtype=DType.BF16, output_dtype=DType.BF16)
-        codes = torch.randint(0, 2**bits, (n, k), device="cuda", dtype=torch.uint8)
-        scales = torch.rand(n * k // group, 1, device="cuda", dtype=torch.bfloat16)
-        layer.pack(codes, scales, torch.full_like(scales, 2 ** (bits - 1)), None)
-        layers.append(layer)
-    return [lambda layer=layer: layer(x) for layer in layers]
-
-
 def _vlmq_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
     from vlmq.kernels import reference, triton_int8, triton_linear
     from vlmq.kernels.triton_tune import Shape, cold_weights
@@ -187,12 +172,18 @@ def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:
     from vlmq.kernels.triton_tune import replay_seconds
 
     seconds = replay_seconds(calls_of(case))
-    middle = median(seconds)
-    if case.n_tokens in DECODE_TOKENS:
-        share = case.bytes_read / middle / limits["copy_bytes_per_second"]
+    line = {"bytes": case.bytes_read, "seconds": median(seconds), "spread": [seconds[0], seconds[-1]]}
+    return with_share(asdict(case) | line, limits)
+
+
+def with_share(line: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
+    """Add to a line its share of the ceiling: of bytes per second in decode, of operations in prefill."""
+    if line["n_tokens"] in DECODE_TOKENS:
+        share = line["bytes"] / line["seconds"] / limits["copy_bytes_per_second"]
     else:
-        share = case.operations / middle / limits["matmul_operations_per_second"]
-    return asdict(case) | {"seconds": middle, "spread": [seconds[0], seconds[-1]], "share": round(share, 4)}
+        operations = 2 * line["n_tokens"] * line["in_features"] * line["out_features"]
+        share = operations / line["seconds"] / limits["matmul_operations_per_second"]
+    return line | {"share": round(share, 4)}
 
 
 def with_ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -232,9 +223,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def dry_run() -> list[dict[str, Any]]:
     """Return what would be measured, with its bytes and operations; needs no GPU."""
-    cases = plan(find_spec("gemlite") is not None)
+    cases = plan()
     kernels = [asdict(case) | {"bytes": case.bytes_read, "operations": case.operations} for case in cases]
-    return kernels + [asdict(job) | {"mode": mode} for job in plan_models() for mode in MODES]
+    others = [line for name in bench_gpu_peers.NAMES for line in bench_gpu_peers.list_peer(name)]
+    return kernels + others + [asdict(job) | {"mode": mode} for job in plan_models() for mode in MODES]
 
 
 def bench_gpu(out: Path | None, *, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -243,7 +235,7 @@ def bench_gpu(out: Path | None, *, report: Callable[[str], None] = lambda _: Non
     device = f"cuda:{torch.cuda.current_device()}"
     jobs = [replace(job, device=device) for job in plan_models()]
     with torch.inference_mode():
-        return run_all(plan(find_spec("gemlite") is not None), jobs, out, report=report)
+        return run_all(plan(), jobs, out, report=report)
 
 
 def run_all(
@@ -269,6 +261,7 @@ def run_all(
         "measurements": [],
         "failed": [],
         "skipped_for_time": [],
+        "peers": {"failed": [], "skipped_for_time": [], "not_installed": []},
         "models": {"models": [], "failed": [], "skipped_for_time": []},
     }
     limits = result["ceilings"]
@@ -291,6 +284,10 @@ def run_all(
             report(json.dumps(result["failed"][-1]))
         torch.cuda.empty_cache()
         save("measurements", with_ratios(lines))
+    left = min(PEER_SECONDS, KERNEL_SECONDS + PEER_SECONDS - (time.monotonic() - started))
+    found, missing = run_peers(left, jobs[0].device, report=report)
+    result["peers"] = missing
+    save("measurements", with_ratios(lines + [with_share(line, limits) for line in found]))
     seconds, bandwidth = LIMIT_SECONDS - (time.monotonic() - started), limits["copy_bytes_per_second"]
     run_models(jobs, seconds, bandwidth, report=report, save=lambda models: save("models", models))
     return result

@@ -169,18 +169,20 @@ def run_models(
 def _run_job(
     job: ModelJob, seconds: float, command: Sequence[str]
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Lines that the process printed, and how it failed; running out of time is no failure."""
+    environment = None if job.backend is None else environment_with(job.backend)
+    return run_lines([*command, json.dumps(asdict(job))], seconds, environment=environment)
+
+
+def run_lines(
+    command: Sequence[str], seconds: float, *, environment: dict[str, str] | None = None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Run a process for a time at most: its lines of JSON, and how it failed; running out of time is no failure."""
     error = None
     # Files, not pipes: a process that the child leaves behind would keep a pipe open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
             done = subprocess.run(
-                [*command, json.dumps(asdict(job))],
-                stdout=out,
-                stderr=err,
-                timeout=seconds,
-                check=False,
-                env=None if job.backend is None else environment_with(job.backend),
+                command, stdout=out, stderr=err, timeout=seconds, check=False, env=environment
             )
         except subprocess.TimeoutExpired:
             code = 0

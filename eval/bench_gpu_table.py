@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from vlmq.eval.bench_gpu import Case
 from vlmq.eval.bench_gpu_models import plan_models
 from vlmq.eval.report import Column, Table
 from vlmq.eval.roofline import Point
@@ -44,7 +43,7 @@ def models_table(result: dict[str, Any]) -> Table:
 
 
 def results_table(result: dict[str, Any]) -> Table:
-    """The measurements of a result; what failed or found no time is in the result alone."""
+    """The measurements of a result, and what other packages said where they did not run; the rest is in the result."""
     rows = []
     for line in result["measurements"]:
         group = f"-g{line['group_size']}" if line["group_size"] else "-channel"
@@ -54,16 +53,22 @@ def results_table(result: dict[str, Any]) -> Table:
         rows.append(
             (line["kernel"], scheme, layer, line["n_tokens"], *times, line["share"], line["over_bf16"])
         )
+    empty = (None,) * (len(COLUMNS) - 2)
+    for line in (*result["peers"]["not_installed"], *result["peers"]["failed"]):
+        rows.append((line["kernel"], line["error"], *empty))
     return Table(f"Packed layers on {result['gpu']}", COLUMNS, tuple(rows))
 
 
 def gpu_roofline_points(result: dict[str, Any]) -> list[Point]:
-    """Measurements of the largest layer that was measured, as points of a roofline."""
-    largest = max((line["in_features"] * line["out_features"] for line in result["measurements"]), default=0)
+    """Measurements of the layer that most kernels ran, the largest of these, as points of a roofline."""
+    kernels: dict[tuple[int, int], set[str]] = {}
+    for line in result["measurements"]:
+        kernels.setdefault((line["in_features"], line["out_features"]), set()).add(line["kernel"])
+    chosen = max(kernels, key=lambda size: (len(kernels[size]), size[0] * size[1]), default=None)
     points = []
     for line in result["measurements"]:
-        case = Case(**{key: line[key] for key in Case.__dataclass_fields__})
-        if case.in_features * case.out_features == largest:
-            name = f"{case.kernel} {case.format_name}".strip()
-            points.append(Point(name, case.bytes_read, case.operations, line["seconds"]))
+        if (line["in_features"], line["out_features"]) == chosen:
+            name = f"{line['kernel']} {line['format_name']}".strip()
+            n_operations = 2.0 * line["n_tokens"] * line["in_features"] * line["out_features"]
+            points.append(Point(name, line["bytes"], n_operations, line["seconds"]))
     return points

@@ -73,11 +73,13 @@ def test_bench_of_a_gpu_writes_table_and_roofline(monkeypatch, capsys, tmp_path)
         "seconds": 2e-5,
         "share": 0.5,
         "over_bf16": 4.0,
+        "bytes": 4096 * 4096 // 4,
         **size,
     }
     ceilings = {"copy_bytes_per_second": 4e12, "matmul_operations_per_second": 8e14}
     record = {"gpu": "none", "torch": "2", "ceilings": ceilings, "measurements": [line], "failed": [{}]}
     record["skipped_for_time"] = []
+    record["peers"] = {"failed": [], "skipped_for_time": [], "not_installed": []}
     record["models"] = {"models": [], "failed": [], "skipped_for_time": [{}]}
     monkeypatch.setattr(cli_bench, "check_gpu", lambda: None)
     monkeypatch.setattr(cli_bench, "bench_gpu", lambda out, report: record)

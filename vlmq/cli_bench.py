@@ -134,7 +134,7 @@ def _bench_gpu(device: str, out: Path | None) -> tuple[Table, dict[str, Any]]:
     with torch.cuda.device(device):
         record = bench_gpu(None if out is None else out / "kernels.json", report=terminal.show_step)
     for missing in ("failed", "skipped_for_time"):
-        if n_missing := len(record[missing]) + len(record["models"][missing]):
+        if n_missing := sum(len(part[missing]) for part in (record, record["models"], record["peers"])):
             terminal.show_warning(f"{n_missing} measurements: {missing}, see the JSON")
     points, ceilings = gpu_roofline_points(record), record["ceilings"]
     if out is not None and points:
@@ -144,7 +144,7 @@ def _bench_gpu(device: str, out: Path | None) -> tuple[Table, dict[str, Any]]:
             points,
             bandwidth=ceilings["copy_bytes_per_second"],
             peak=ceilings["matmul_operations_per_second"],
-            subtitle=f"largest layer, weights from memory, torch {record['torch']}",
+            subtitle=f"one layer, weights from memory, torch {record['torch']}",
         )
     models = models_table(record)
     terminal.show_step(as_markdown(models))

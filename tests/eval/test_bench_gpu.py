@@ -7,18 +7,17 @@ import torch
 
 from vlmq.eval import bench_gpu
 from vlmq.eval.bench_gpu import Case, plan, with_ratios
-from vlmq.eval.bench_gpu_table import models_table
+from vlmq.eval.bench_gpu_table import models_table, results_table
 
 
 def test_plan_holds_each_size_for_each_kernel():
-    cases = plan(has_gemlite=True)
+    cases = plan()
     assert len(set(cases)) == len(cases)
     for layer in bench_gpu.LAYERS:
         for n_tokens in (1, 16, 2048):
             here = [c for c in cases if ((c.in_features, c.out_features), c.n_tokens) == (layer, n_tokens)]
-            assert {"torch-bf16", "vlmq", "gemlite-int4", "gemlite-int2"} <= {c.kernel for c in here}
+            assert {"torch-bf16", "vlmq"} <= {c.kernel for c in here}
     assert {c.format_name for c in cases if c.kernel == "vlmq-a8"} == {"int2", "ternary", "binary"}
-    assert not any(c.kernel.startswith("gemlite") for c in plan(has_gemlite=False))
 
 
 def test_bytes_are_those_of_the_packed_weight():
@@ -43,8 +42,16 @@ def test_ratio_is_to_bf16_of_the_same_size():
 def test_dry_run_lists_every_measurement(capsys):
     bench_gpu.main(["--dry-run"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    n_kernels = len(plan(bench_gpu.find_spec("gemlite") is not None))
+    n_kernels = len(plan())
     assert all(line["bytes"] > 0 and line["operations"] > 0 for line in lines[:n_kernels])
+    others = [line for line in lines[n_kernels:] if "kernel" in line]
+    assert {line["kernel"] for line in others} == {
+        "bitsandbytes",
+        "GPTQModel",
+        "GPTQModel gptq_marlin",
+        "GemLite",
+    }
+    n_kernels += len(others)
     models = {(line["scheme"], line["backend"], line["mode"]) for line in lines[n_kernels:]}
     assert {(None, None, "graph"), ("ternary-channel", "triton-a8", "compiled graph")} < models
     assert len(models) == len(lines) - n_kernels
@@ -65,9 +72,20 @@ def test_a_failing_case_is_kept_and_the_others_go_on(monkeypatch, tmp_path):
         size = {"in_features": case.in_features, "out_features": case.out_features, "n_tokens": case.n_tokens}
         return {"kernel": case.kernel, "seconds": 1.0, **size}
 
+    def run_peers(seconds, device, *, report):
+        assert 0 < seconds <= bench_gpu.PEER_SECONDS
+        size = {"in_features": 4096, "out_features": 4096, "n_tokens": 1, "bytes": 10**8}
+        missing = {
+            "failed": [{"kernel": "GemLite", "error": "x"}],
+            "skipped_for_time": [],
+            "not_installed": [],
+        }
+        return [{"kernel": "bitsandbytes", "seconds": 0.5, **size}], missing
+
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(bench_gpu, "measure", measure)
+    monkeypatch.setattr(bench_gpu, "run_peers", run_peers)
     monkeypatch.setattr(bench_gpu, "ceilings", lambda: {"copy_bytes_per_second": 1e9})
     given = []
 
@@ -76,7 +94,7 @@ def test_a_failing_case_is_kept_and_the_others_go_on(monkeypatch, tmp_path):
         save({"models": [{"tokens_per_second": 3.0}], "failed": [], "skipped_for_time": []})
 
     monkeypatch.setattr(bench_gpu, "run_models", run_models)
-    cases, jobs = plan(has_gemlite=False), bench_gpu.plan_models()
+    cases, jobs = plan(), bench_gpu.plan_models()
     result = bench_gpu.run_all(cases, jobs, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert result["models"]["models"] == [{"tokens_per_second": 3.0}]
@@ -85,11 +103,24 @@ def test_a_failing_case_is_kept_and_the_others_go_on(monkeypatch, tmp_path):
     n_failed = sum(case.kernel == "torch-int4" for case in cases)
     assert len(result["failed"]) == n_failed > 0
     assert {line["error"] for line in result["failed"]} == {"RuntimeError: no such operator"}
-    assert len(result["measurements"]) == len(cases) - n_failed
+    assert len(result["measurements"]) == len(cases) - n_failed + 1
+    peer = result["measurements"][-1]
+    assert (peer["over_bf16"], peer["share"]) == (2, 0.2)
+    assert result["peers"]["failed"] == [{"kernel": "GemLite", "error": "x"}]
 
 
 def test_script_is_planned_below_eight_minutes():
-    assert bench_gpu.KERNEL_SECONDS < bench_gpu.LIMIT_SECONDS <= 460
+    assert bench_gpu.KERNEL_SECONDS + bench_gpu.PEER_SECONDS < bench_gpu.LIMIT_SECONDS <= 460
+
+
+def test_packages_that_did_not_run_are_rows_of_the_table():
+    missing = {"not_installed": [{"kernel": "GemLite", "error": "not installed: pip install gemlite"}]}
+    missing |= {"failed": [{"kernel": "GPTQModel", "error": "needs nvcc"}], "skipped_for_time": []}
+    table = results_table({"gpu": "a GPU", "measurements": [], "peers": missing})
+    assert [row[:3] for row in table.rows] == [
+        ("GemLite", "not installed: pip install gemlite", None),
+        ("GPTQModel", "needs nvcc", None),
+    ]
 
 
 def test_models_of_a_result_are_a_table():
