@@ -1,11 +1,14 @@
 """`vlmq export` on a tiny packed model, as a user runs it."""
 
+import copy
 import json
 import sys
 
 import pytest
+import transformers as hf
 from gguf_models import byte_level, packed_text, read_file
 from packed_models import packed
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import vlmq
 from vlmq import cli
@@ -53,6 +56,19 @@ def test_gguf_takes_the_tokenizer_of_the_folder(run, tmp_path):
     assert report["layers"] == {"Q4_1, 5.0 bits": 14}
     assert 0 < report["relative_error"] < 1e-3
     assert read_file(tmp_path / "there" / "model.gguf")[2]["tokenizer.ggml.pre"] == "gpt-2"
+
+
+def test_the_text_part_alone_is_an_option(run, tmp_path):
+    words = copy.deepcopy(byte_level())
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = hf.LlavaProcessor(CLIPImageProcessorPil(), words, patch_size=14)
+    vlmq.save(packed_text("llava"), tmp_path / "packed", processor)
+    assert run("--to", "gguf", "--out", "both")[0] == 0
+    assert run("--to", "gguf", "--out", "text", "--text-only")[0] == 0
+    names = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("both", "text")]
+    assert names == [["mmproj-model.gguf", "model.gguf"], ["model.gguf"]]
+    code, _, err = run("--to", "gptq", "--out", "there", "--text-only")
+    assert (code, "holds the whole model" in err) == (2, True)
 
 
 def test_gguf_without_its_package_is_refused_before_work(run, monkeypatch):

@@ -25,13 +25,16 @@ def export_command(
             "Q4_1, and measure the error; without it they are refused.",
         ),
     ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Leave the vision part out; gguf only.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
     ] = False,
 ) -> None:
     """Write a packed model in the format of another engine: the same values, or a refusal."""
-    check_export(to)
+    check_export(to, text_only=text_only)
     if convert is not None:
         check_convert(to, convert, where="--convert")
     checkpoint.check_target(out)
@@ -43,7 +46,7 @@ def export_command(
         loaded = checkpoint.load(model, trust_remote_code=trust_remote_code)
         processor = _processor(model, trust_remote_code)
     with terminal.working(f"exporting to {to}"):
-        written = export_model(loaded, to, out, processor, convert=convert)
+        written = export_model(loaded, to, out, processor, convert=convert, text_only=text_only)
     content: dict[str, Any] = {
         "to": to,
         "folder": str(written.folder),

@@ -48,7 +48,7 @@ def alternate(weight, n_heads):
 )
 def test_the_file_holds_the_weights_of_the_text_part(family, architecture, tmp_path):
     model = packed_text(family, ("int4-sym-g32", "ternary-g64", "int8-sym-channel"))
-    export = export_model(model, "gguf", tmp_path / "out", byte_level())
+    export = export_model(model, "gguf", tmp_path / "out", byte_level(), text_only=True)
     tensors, types, fields = read_file(tmp_path / "out" / "model.gguf")
     assert fields["general.architecture"] == architecture
     assert fields[f"{architecture}.attention.head_count_kv"] == N_KV_HEADS

@@ -23,7 +23,7 @@ PROMPT = list(range(20, 60))
 
 def difference(model, folder, to="gguf", **options):
     """Largest difference of log-probabilities over the hundred likeliest tokens."""
-    export_model(model, to, folder, byte_level(), **options)
+    export_model(model, to, folder, byte_level(), text_only=True, **options)
     engine = LlamaCpp(folder / "model.gguf")
     plain = copy.deepcopy(model).dequantize()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from vlmq.checkpoint import check_target
 from vlmq.embedding import round_rows
 from vlmq.exports.grid import ShapeError
-from vlmq.exports.targets import TARGETS
+from vlmq.exports.targets import TARGETS, Target
 from vlmq.families.experts import UnfusedExperts
 from vlmq.formats import QuantizedWeight
 from vlmq.hf import VlmqQuantizer
@@ -57,16 +57,21 @@ NEVER = {
 }
 
 
-def check_export(to: str) -> None:
-    """Check the name of a target.
+def check_export(to: str, *, text_only: bool = False) -> None:
+    """Check the name of a target, and that it can leave the vision part out if that is asked for.
 
     Raises:
-        ValueError: it is unknown, or refused whatever the model is.
+        ValueError: it is unknown, refused whatever the model is, or has no text part of its own.
     """
     if to in NEVER:
         raise ValueError(f"export to {to!r} is refused: {NEVER[to]}")
     if to not in TARGETS:
         raise ValueError(f"export to {to!r} is unknown; known: {' '.join(TARGETS)}")
+    if text_only and TARGETS[to].text_only is None:
+        able = ", ".join(name for name, target in TARGETS.items() if target.text_only is not None)
+        raise ValueError(
+            f"export to {to!r} holds the whole model; {able} can be written with the text part only"
+        )
     TARGETS[to].check_package()
 
 
@@ -77,6 +82,7 @@ def export_model(
     processor: Any = None,
     *,
     convert: str | Scheme | None = None,
+    text_only: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Export:
     """Write a packed model in the format of another engine.
@@ -88,6 +94,7 @@ def export_model(
         processor: saved along; gguf takes the tokenizer from it.
         convert: scheme to round those layers to that the target cannot say, or one of the target's roundings; None
             refuses them.
+        text_only: leave a vision tower and its projector out; gguf only.
         max_shard_size: largest size of one safetensors file.
 
     Raises:
@@ -95,7 +102,7 @@ def export_model(
             something else, or a layer, model or tokenizer that the target cannot say.
         OSError: no room, or another failure to write; the folder is then as it was before.
     """
-    check_export(to)
+    check_export(to, text_only=text_only)
     if not isinstance(getattr(model, "hf_quantizer", None), VlmqQuantizer):
         raise ValueError("the model holds no layer quantized by vlmq: call vlmq.quantize first")
     if processor is not None and not hasattr(processor, "save_pretrained"):
@@ -107,11 +114,12 @@ def export_model(
             f"export to {to!r} is refused: {apart[0]!r} holds fused experts, which vlmq packs one by one and no reader "
             f"of {to} knows by these names; quantize with an override of None to '*.experts.*' to export the rest"
         )
-    target = TARGETS[to]
+    target = TARGETS[to].text_only if text_only else TARGETS[to]
+    assert target is not None
     name = convert.name if isinstance(convert, Scheme) else convert
     rounding = None if name is None else _rounding(to, name)
     target.check(model, processor)
-    said, error, n_converted = _say(model, to, name, rounding)
+    said, error, n_converted = _say(model, target, to, name, rounding)
     content = target.fill(model, said, processor)
     if name is not None and not n_converted:
         content.notes.append(f"nothing was rounded to {name}: {to} can say every layer as it is")
@@ -147,11 +155,11 @@ def _rounding(to: str, convert: str) -> Rounding:
 
 
 def _say(
-    model: PreTrainedModel, to: str, convert: str | None, rounding: Rounding | None
+    model: PreTrainedModel, target: Target, to: str, convert: str | None, rounding: Rounding | None
 ) -> tuple[dict[str, Any], float | None, int]:
     """All layers in the target's words, what rounding changed, and the number of layers rounded."""
-    target = TARGETS[to]
     said: dict[str, Any] = {}
+    spared = target.spared(model)
     n_converted = 0
     changed = total = 0.0
     for name, layer in target.layers(model).items():
@@ -160,6 +168,8 @@ def _say(
             said[name] = target.say(weight)
             continue
         except ShapeError as error:
+            if name in spared:
+                continue
             alike = re.sub(r"\.\d+(?=\.)", ".*", name)
             raise ValueError(
                 f"{to} cannot say layer {name!r} of any scheme: {error}; quantize with an override of None to "
@@ -168,6 +178,8 @@ def _say(
             ) from error
         except ValueError as error:
             reason = error
+        if rounding is None and name in spared:
+            continue
         if rounding is None:
             ways = " or ".join(f"--convert {way}" for way in (target.example, *target.roundings))
             raise ValueError(
@@ -178,6 +190,8 @@ def _say(
         try:
             said[name], after = rounding(weight)
         except ValueError as again:
+            if name in spared:
+                continue
             raise ValueError(
                 f"{to} cannot say {convert} of convert either (layer {name!r}: {again})"
             ) from again

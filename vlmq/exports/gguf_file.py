@@ -1,10 +1,11 @@
-"""Export to GGUF: one file for llama.cpp, with the text part of a model and its tokenizer.
+"""Export to GGUF: the file for llama.cpp that holds the text part of a model and its tokenizer.
 
     layers in blocks   the first type of a list that can say the packed values exactly (`vlmq.exports.gguf_blocks`)
     other matrices     in the model's dtype; packed embeddings and heads in blocks where these can say them
     norms, biases      float32, which llama.cpp asks for
 
-Names, sizes and the order of rows are in `vlmq.exports.gguf_layout`, the tokenizer in `vlmq.exports.gguf_vocabulary`.
+Names, sizes and the order of rows are in `vlmq.exports.gguf_layout`, the tokenizer in `vlmq.exports.gguf_vocabulary`;
+the vision part is a file of its own, `vlmq.exports.mmproj_file`.
 llama.cpp rounds the inputs of a layer to 8 bits, so outputs differ in the last digits though the weights do not. The
 package gguf writes the file; types newer than the package are written by their number.
 """
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from vlmq.exports.gguf_blocks import Blocks, to_blocks
 from vlmq.exports.gguf_layout import TextPart, rope_factors, text_part, write_header
 from vlmq.exports.gguf_vocabulary import Vocabulary, write_vocabulary
 from vlmq.linear import QuantLinear
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 FILE = "model.gguf"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
@@ -111,6 +115,11 @@ def write_file(path: Path, part: TextPart, tensors: Mapping[str, Blocks | Tensor
     writer.add_quantization_version(GGML_QUANT_VERSION)
     write_header(writer, part, len(words.tokens))
     write_vocabulary(writer, words)
+    add_tensors(writer, tensors)
+
+
+def add_tensors(writer: "GGUFWriter", tensors: Mapping[str, Blocks | Tensor]) -> None:
+    """Write all tensors, and with them the file."""
     for name, tensor in tensors.items():
         raw = (tensor.data if isinstance(tensor, Blocks) else tensor).cpu().contiguous()
         number: Any = tensor.type.number if isinstance(tensor, Blocks) else DTYPES[tensor.dtype]
@@ -137,8 +146,6 @@ def notes_on(model: PreTrainedModel, blocks: Mapping[str, Blocks], words: Vocabu
     """What a reader must know."""
     notes = list(words.notes)
     part = text_part(model)
-    if part.path != "model":
-        notes.append("the file holds the text part; the vision tower and the projector are not in it")
     if part.context_length < part.config.max_position_embeddings:
         notes.append(f"the context ends at the sliding window of {part.context_length} tokens")
     layers = dict(model.named_modules())

@@ -6,26 +6,26 @@ reason where it cannot. A target that has roundings of its own beside schemes na
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmq.exports import compressed_tensors, gemma, gguf_file, gptq
+from vlmq.exports import compressed_tensors, gemma, gguf_file, gptq, mmproj_file
 from vlmq.exports.gguf_blocks import COMMON, SMALLEST, Blocks, to_blocks, with_offsets
 from vlmq.exports.gguf_layout import text_part
 from vlmq.exports.gguf_vocabulary import vocabulary
 from vlmq.exports.grid import IntegerGrid, integer_grid
+from vlmq.exports.mmproj_families import vision_part
 from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
 from vlmq.families.merged import merged_layers
 from vlmq.formats import QuantizedWeight
 from vlmq.integrity import listing
-from vlmq.linear import QuantLinear
 
 BFLOAT16 = "scales are float16; a reader that computes in bfloat16 rounds them: load with dtype=float16"
 
@@ -68,6 +68,19 @@ def _no_package() -> None:
     """The target needs no package."""
 
 
+def _none(model: PreTrainedModel) -> Collection[str]:
+    """No layer."""
+    return ()
+
+
+class HasCodes(Protocol):
+    """A packed layer."""
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Its codes and scales."""
+        ...
+
+
 def _is_model_file(name: str) -> bool:
     """Of a model that is replaced, all but its card and the like."""
     return ".safetensors" in name or name.endswith((".json", ".gguf", ".bin"))
@@ -86,16 +99,20 @@ class Target:
         roundings: {name for `convert`: a layer in the format, and the weights that this leaves}.
         is_replaced: whether a file of the folder goes with the model that is replaced.
         example: a scheme that it can say, for messages.
+        spared: paths of packed layers that are written in full precision where the target cannot say them.
+        text_only: the same target for the text part alone, if it can leave the rest out.
     """
 
     say: Callable[[QuantizedWeight], Any]
     fill: Callable[[PreTrainedModel, dict[str, Any], Any], Content]
-    layers: Callable[[PreTrainedModel], dict[str, QuantLinear]] = packed_layers
+    layers: Callable[[PreTrainedModel], Mapping[str, HasCodes]] = packed_layers
     check: Callable[[PreTrainedModel, Any], object] = check_apart
     check_package: Callable[[], None] = _no_package
     roundings: Mapping[str, Callable[[QuantizedWeight], tuple[Any, Tensor]]] = field(default_factory=dict)
     is_replaced: Callable[[str], bool] = _is_model_file
     example: str = "int4-sym-g128"
+    spared: Callable[[PreTrainedModel], Collection[str]] = _none
+    text_only: "Target | None" = None
 
 
 def to_compressed_tensors(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: Any) -> Content:
@@ -141,39 +158,78 @@ def to_gemma(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: An
 
 
 def to_gguf(
-    types: tuple[str, ...], model: PreTrainedModel, said: dict[str, Blocks], processor: Any
+    types: tuple[str, ...],
+    has_pictures: bool,
+    model: PreTrainedModel,
+    said: dict[str, Blocks],
+    processor: Any,
 ) -> Content:
-    """See `vlmq.exports.gguf_file`; a packed embedding or head takes the first of `types` that can say it."""
+    """See `vlmq.exports.gguf_file` and `mmproj_file`; a packed embedding or head takes the first of `types` that can
+    say it."""
     part = text_part(model)
     words = vocabulary(processor, gguf_file.n_rows(part))
-    tensors = gguf_file.collect(part, said, types)
+    text = gguf_file.collect(part, said, types)
+    notes = gguf_file.notes_on(model, said, words)
+    layers, n_bytes = gguf_file.kinds(said), gguf_file.n_bytes(text)
+    vision = vision_part(model) if has_pictures else None
+    pictures: dict[str, Blocks | Tensor] = {}
+    if vision is not None:
+        pictures = mmproj_file.collect(vision, model, said, processor)
+        notes += vision.notes
+        layers |= mmproj_file.floats_of(vision, said)
+        n_bytes += gguf_file.n_bytes(pictures)
+    elif part.path != "model":
+        notes.append("the file holds the text part; the vision tower and the projector are not in it")
 
     def write(folder: Path, max_shard_size: int | str) -> None:
-        gguf_file.write_file(folder / gguf_file.FILE, part, tensors, words)
+        gguf_file.write_file(folder / gguf_file.FILE, part, text, words)
+        if vision is not None:
+            fields = mmproj_file.picture_fields(vision, processor)
+            mmproj_file.write_file(folder / mmproj_file.FILE, vision, fields, pictures)
 
-    notes = gguf_file.notes_on(model, said, words)
-    return Content(write, gguf_file.n_bytes(tensors), gguf_file.kinds(said), notes)
+    return Content(write, n_bytes, layers, notes)
 
 
-def check_gguf(model: PreTrainedModel, processor: Any) -> None:
-    """That llama.cpp knows the text part and the tokenizer.
+def check_gguf(has_pictures: bool, model: PreTrainedModel, processor: Any) -> None:
+    """That llama.cpp knows the text part, the tokenizer, and the vision part unless that is left out.
 
     Raises:
         ValueError: it does not; the message says why.
     """
     vocabulary(processor, gguf_file.n_rows(text_part(model)))
+    if has_pictures and (part := vision_part(model)) is not None:
+        mmproj_file.picture_fields(part, processor)
+
+
+def _packed_anywhere(model: PreTrainedModel) -> dict[str, HasCodes]:
+    part = vision_part(model)
+    return {**gguf_file.packed_in_text(model), **({} if part is None else mmproj_file.packed_in_vision(part))}
+
+
+def _packed_in_vision(model: PreTrainedModel) -> Collection[str]:
+    part = vision_part(model)
+    return () if part is None else mmproj_file.packed_in_vision(part)
 
 
 def _gguf(types: tuple[str, ...]) -> Target:
-    return Target(
+    common = Target(
         say=lambda weight: to_blocks(weight, types),
-        fill=partial(to_gguf, types),
-        layers=gguf_file.packed_in_text,
-        check=check_gguf,
+        fill=partial(to_gguf, types, True),
+        layers=_packed_anywhere,
+        spared=_packed_in_vision,
+        check=partial(check_gguf, True),
         check_package=gguf_file.check_package,
         roundings={"Q4_1": with_offsets},
-        is_replaced=lambda name: name == gguf_file.FILE,
+        is_replaced=lambda name: name in (gguf_file.FILE, mmproj_file.FILE),
     )
+    text_only = replace(
+        common,
+        fill=partial(to_gguf, types, False),
+        layers=gguf_file.packed_in_text,
+        spared=_none,
+        check=partial(check_gguf, False),
+    )
+    return replace(common, text_only=text_only)
 
 
 def _folder(
