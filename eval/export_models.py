@@ -1,10 +1,11 @@
 """Packed models for `vlmq.eval.export_readers`: the small model that ships with vlmq, a random Llama, or a folder.
 
 The layers of the first two are rounded to the scheme (`solver="rtn"`), so nothing depends on calibration data; towers
-are kept. The random Llama is as wide as GGUF's blocks of 256 weights ask for, and has the small model's tokenizer.
+are kept, but for `SEEING` and the random models of `vlmq.eval.picture_models`. The random Llama is as wide as GGUF's
+blocks of 256 weights ask for, and has the small model's tokenizer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, PreTrainedModel
 
 import vlmq
+from vlmq.eval import picture_models
 from vlmq.eval.easy_vqa_data import demo_model_path, load_shapes
+from vlmq.eval.picture_models import Prompt
 from vlmq.opening import open_processor
 
-SHAPES, LLAMA = "shapes", "llama-256"
-N_PROMPTS = 4
+SHAPES, LLAMA, SEEING = "shapes", "llama-256", "shapes, tower packed"
+N_PROMPTS, N_PICTURES = 4, 8
 PROSE = (
     "The river rises in the hills north of the town and reaches the sea after",
     "Water boils at a lower temperature on a mountain because the pressure of the air",
@@ -28,15 +31,18 @@ PROSE = (
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed model in float32, its processor, and prompts of token ids, each (1, n_tokens)."""
+    """A packed model in float32, its processor, prompts of token ids, each (1, n_tokens), and some with pictures."""
 
     model: PreTrainedModel
     processor: Any
     prompts: list[Tensor]
+    pictures: list[Prompt] = field(default_factory=list)
 
 
 def open_packed(name: str, scheme: str) -> Packed:
-    """Make a packed model of `SHAPES` or `LLAMA`, or load the packed folder of that name."""
+    """Make a packed model of those named here or of `picture_models.FAMILIES`, or load the packed folder."""
+    if name == SEEING or name in picture_models.FAMILIES:
+        return _seeing(name, scheme)
     if name not in (SHAPES, LLAMA):
         processor = open_processor(name)
         model = vlmq.load(name, dtype=torch.float32)
@@ -56,6 +62,27 @@ def open_packed(name: str, scheme: str) -> Packed:
     return Packed(model, processor, prompts)
 
 
+def _seeing(name: str, scheme: str) -> Packed:
+    """A model with its tower packed, and pictures for it."""
+    if name == SEEING:
+        processor = open_processor(str(demo_model_path()))
+        model = AutoModelForImageTextToText.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+        pictures = [_question(processor, row) for row in load_shapes("test", n_rows=N_PICTURES)]
+    else:
+        model, processor = picture_models.build(name)
+        pictures = [picture_models.prompt(name, processor, seed) for seed in range(N_PROMPTS)]
+    vlmq.quantize(model, [p.batch for p in pictures[:2]], scheme, solver="rtn")
+    return Packed(model, processor, [], pictures)
+
+
+def _question(processor: Any, row: Any) -> Prompt:
+    """A row of easy-vqa as the chat template of the small model writes it."""
+    before, after = "<s><|user|>", f" {row['question']}<|assistant|>"
+    text = f"{before}<image>{after}"
+    batch = processor(text=text, images=[row["image"]], return_tensors="pt", add_special_tokens=False)
+    return Prompt(before, row["image"], after, dict(batch))
+
+
 def llama() -> LlamaConfig:
     """A Llama of 1.9 million parameters, with random weights that make some tokens likelier than others."""
     return LlamaConfig(
@@ -73,7 +100,7 @@ def llama() -> LlamaConfig:
 
 def label(name: str) -> str:
     """The name to print: that of a folder without its path."""
-    return name if name in (SHAPES, LLAMA) else Path(name).name
+    return name if name in (SHAPES, LLAMA, SEEING, *picture_models.FAMILIES) else Path(name).name
 
 
 def _ids(processor: Any, lines: Any) -> list[Tensor]:

@@ -13,6 +13,8 @@ are the same values in transformers: vlmq's model, dequantized to float32.
     vlmq      the same difference of vlmq's own kernels, which round inputs to 8 bits for few tokens
     same      steps at which the likeliest token is the one that vlmq's own kernels chose, greedily
 
+For the reader "llama.cpp, pictures" a step is the first token after a picture.
+
 Rows of the results file that are not measured again are kept, so that packages which do not go together can be tried
 one environment at a time. ONNX Runtime reads what the model builder of ONNX Runtime GenAI makes of a GPTQ export.
 GPTQModel 7.7 asks for torch 2.14 and runs with 2.13: pip install --no-deps gptqmodel device-smi pypcre tokenicer logbar
@@ -35,7 +37,8 @@ import torch
 import transformers
 
 from vlmq.eval import readers
-from vlmq.eval.export_models import LLAMA, SHAPES, label, open_packed
+from vlmq.eval.export_models import LLAMA, SEEING, SHAPES, label, open_packed
+from vlmq.eval.picture_models import FAMILIES
 from vlmq.eval.smollm2 import commit
 from vlmq.exports import export_model
 
@@ -120,6 +123,17 @@ READERS: dict[str, Reader] = {
             Case(LLAMA, "binary-sym-g128", "gguf-small"),
         ),
     ),
+    "llama.cpp, pictures": Reader(
+        readers.read_pictures,
+        {"xllamacpp": "xllamacpp", "gguf": "gguf"},
+        (
+            Case(SEEING, "int4-sym-g32", "gguf"),
+            Case(SEEING, "int8-sym-g32", "gguf"),
+            Case(SEEING, "ternary-g32", "gguf-small"),
+            Case(SEEING, "int4-g32", "gguf", "Q4_1"),
+            *(Case(family, "int8-sym-g32", "gguf") for family in FAMILIES),
+        ),
+    ),
     "GPTQModel": Reader(
         readers.read_gptqmodel,
         {"gptqmodel": "gptqmodel"},
@@ -167,7 +181,7 @@ def measure(name: str, case: Case) -> dict[str, Any]:
     versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
     schemes = sorted({s.name for s in packed.model.config.quantization_config.schemes().values()})
     asked = {"reader": name, "model": label(case.model), "scheme": " ".join(schemes), "to": case.to}
-    found |= {"own": steps.own} if "outputs" in found else {}
+    found = ({"own": steps.own} if "outputs" in found else {}) | found
     return asked | {"convert": case.convert, "stored": stored} | found | {"versions": versions}
 
 
@@ -193,6 +207,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "`shapes` is the small trained model that ships with vlmq, `llama-256` a Llama with random weights, whose",
         "tokens are all about as likely; others are named by their folder. GPTQModel computes in float16.",
+        "",
+        "*llama.cpp, pictures* reads both files of an export and is asked for the first token after a picture: 8",
+        "pictures of `shapes`, 4 random ones of other families with random weights, towers packed. Pictures have",
+        "the size that the tower takes, as llama.cpp resizes in ways of its own. What remains are inputs rounded to",
+        "8 bits, GELU by a table, and keys and values in float16. `llava-clip` has a class token, which llama.cpp",
+        "shows in place of the first patch (its issue 25814).",
         "",
         "| read by | model | scheme | exported to | stored as | rounded | weights | outputs | vlmq | same |",
         "|---|---|---|---|---|--:|--:|--:|--:|--:|",

@@ -166,6 +166,26 @@ def read_llama_cpp(packed: Packed, steps: Steps, folder: Path) -> Reading:
     return {"outputs": largest, "n_same": n_same, "n_steps": N_NEW * len(steps.rows)}
 
 
+@torch.no_grad()
+def read_pictures(packed: Packed, steps: Steps, folder: Path) -> Reading:
+    """llama.cpp on both files, asked for the first token after a picture."""
+    engine = LlamaCpp(folder / "model.gguf", 512, folder / "mmproj-model.gguf")
+    plain = copy.deepcopy(packed.model).dequantize()
+    largest, own, n_same = 0.0, 0.0, 0
+    for prompt in packed.pictures:
+        ids, found, n_tokens = engine.after_picture(prompt.before, prompt.picture, prompt.after, N_BEST)
+        if n_tokens != (n_ours := prompt.batch["input_ids"].shape[1]):
+            raise RuntimeError(f"llama.cpp makes {n_tokens} tokens of a prompt with a picture, vlmq {n_ours}")
+        expected = plain(**prompt.batch).logits[0, -1].log_softmax(-1)
+        kernels = packed.model(**prompt.batch).logits[0, -1].log_softmax(-1)
+        largest = max(largest, float((found - expected[ids]).abs().max()))
+        own = max(own, float((kernels - expected)[ids].abs().max()))
+        n_same += int(ids[0] == kernels.argmax())
+    del engine
+    gc.collect()
+    return {"outputs": largest, "own": own, "n_same": n_same, "n_steps": len(packed.pictures)}
+
+
 def read_gptqmodel(packed: Packed, steps: Steps, folder: Path) -> Reading:
     """GPTQModel's layers in PyTorch, on the CPU, in float16."""
     from gptqmodel import BACKEND, GPTQModel  # pyright: ignore[reportMissingImports]
