@@ -16,9 +16,10 @@ path U:
 Layers that share inputs and token weights share H and are solved as one matrix, row under row. With a folder for it,
 each finished block is written there, and a call that was interrupted goes on after the last one (`vlmq.resuming`).
 
-Memory at the peak, beside the model: two stored block outputs per batch (on the CPU), one copy of the
-block, and for the layers with the most inputs three matrices of (in_features, in_features) float32; packed
-layers as they come.
+Memory at the peak, beside the model, whose original layers stay until the end since a failure puts them back: two
+stored block outputs per batch (on the CPU), one copy of the block, for the layers with the most inputs three matrices
+of (in_features, in_features) float32, some 40 bytes for each weight of the layers that are solved as one matrix, and
+packed layers as they come.
 """
 
 import os
