@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmq.exports import experts
 from vlmq.exports.grid import IntegerGrid, share, whole_groups
-from vlmq.exports.naming import fused_groups, ignore_list, name_pattern
+from vlmq.exports.naming import fused_groups, ignore_list, inside, name_pattern
 from vlmq.words import to_words
 
 Spec = tuple[int, bool, int | None]
@@ -48,6 +49,7 @@ def align(grids: Mapping[str, IntegerGrid], kept: list[str]) -> tuple[dict[str, 
     groups, torn = fused_groups(list(aligned), kept)
     for group in groups:
         aligned |= dict(zip(group, share([aligned[name] for name in group]), strict=True))
+    aligned = experts.align(aligned)
     if not torn:
         return aligned, []
     note = f"{len(torn)} layers such as {torn[0]} are quantized but not the layers that vLLM fuses them with"
@@ -55,22 +57,23 @@ def align(grids: Mapping[str, IntegerGrid], kept: list[str]) -> tuple[dict[str, 
 
 
 def config_block(
-    grids: Mapping[str, IntegerGrid], kept: list[str], disk: Mapping[str, str]
+    grids: Mapping[str, IntegerGrid], kept: list[str], kept_experts: list[str], disk: Mapping[str, str]
 ) -> dict[str, Any]:
     """The `quantization_config`: one group of layers for each scheme, and what is ignored.
 
     Args:
         grids: the layers, by their names in memory.
-        kept: linear layers in full precision.
+        kept: layers in full precision, with the matrices that choose experts: engines make linear layers of them.
+        kept_experts: modules of fused experts in full precision.
         disk: names on disk of all of them.
     """
     by_spec: dict[Spec, list[str]] = {}
     for name, grid in grids.items():
         by_spec.setdefault((grid.bits, grid.zeros is None, grid.group_size), []).append(name)
-    groups = {}
+    groups: dict[str, Any] = {}
     for i, ((bits, is_symmetric, group_size), names) in enumerate(by_spec.items()):
         groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(by_spec) == 1 else [name_pattern(n, disk[n]) for n in names],
+            "targets": ["Linear"] if len(by_spec) == 1 else _targets(names, disk),
             "weights": {
                 "num_bits": bits,
                 "type": "int",
@@ -82,12 +85,24 @@ def config_block(
             "input_activations": None,
             "output_activations": None,
         }
+    ignored = ignore_list(kept, {name: disk[name] for name in grids}, disk)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignore_list(kept, {name: disk[name] for name in grids}, disk),
+        "ignore": [*ignored, *(inside(path, disk) for path in kept_experts)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _targets(names: list[str], disk: Mapping[str, str]) -> list[str]:
+    """What matches these layers; of experts, which share a scheme, all those of a module by one pattern."""
+    paths = [layer[1] if (layer := experts.LAYER.match(name)) else None for name in names]
+    known = {**disk, **{path: experts.path_on_disk(path, disk) for path in paths if path is not None}}
+    found = [
+        name_pattern(name, disk) if path is None else inside(path, known)
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return list(dict.fromkeys(found))

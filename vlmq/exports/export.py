@@ -23,7 +23,6 @@ from vlmq.checkpoint import check_target
 from vlmq.embedding import round_rows
 from vlmq.exports.grid import ShapeError
 from vlmq.exports.targets import TARGETS, Target
-from vlmq.families.experts import UnfusedExperts
 from vlmq.formats import QuantizedWeight
 from vlmq.hf import VlmqQuantizer
 from vlmq.scheme import Scheme, parse_scheme
@@ -109,13 +108,15 @@ def export_model(
         raise TypeError(f"expected a processor with save_pretrained, got {type(processor).__name__}")
     folder = Path(path).resolve()
     check_target(folder)
-    if apart := [name for name, module in model.named_modules() if isinstance(module, UnfusedExperts)]:
-        raise ValueError(
-            f"export to {to!r} is refused: {apart[0]!r} holds fused experts, which vlmq packs one by one and no reader "
-            f"of {to} knows by these names; quantize with an override of None to '*.experts.*' to export the rest"
-        )
     target = TARGETS[to].text_only if text_only else TARGETS[to]
     assert target is not None
+    try:
+        target.check_experts(model)
+    except ValueError as error:
+        raise ValueError(
+            f"export to {to!r} is refused: {error}; quantize with an override of None to '*.experts.*' to export the "
+            "rest"
+        ) from error
     name = convert.name if isinstance(convert, Scheme) else convert
     rounding = None if name is None else _rounding(to, name)
     target.check(model, processor)

@@ -77,6 +77,16 @@ def integer_grid(weight: QuantizedWeight) -> IntegerGrid:
     )
 
 
+def wide_grid(weight: QuantizedWeight) -> IntegerGrid:
+    """The same on 4 or 8 bits, for engines that have kernels for these only.
+
+    Raises:
+        ValueError: as `integer_grid`.
+    """
+    grid = integer_grid(weight)
+    return replace(grid, bits=4 if grid.bits <= 4 else 8)
+
+
 def regroup(grid: IntegerGrid, group_size: int | None) -> IntegerGrid:
     """The same weight in smaller groups, of a size that divides the old one (or the width, for whole channels)."""
     if group_size == grid.group_size:

@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmq.exports import compressed_tensors, gemma, gguf_file, gptq, mmproj_file
+from vlmq.exports import compressed_tensors, experts, gemma, gguf_file, gptq, mmproj_file
 from vlmq.exports.gguf_blocks import COMMON, SMALLEST, Blocks, to_blocks, with_offsets
 from vlmq.exports.gguf_layout import text_part
 from vlmq.exports.gguf_vocabulary import vocabulary
-from vlmq.exports.grid import IntegerGrid, integer_grid
+from vlmq.exports.grid import IntegerGrid, integer_grid, wide_grid
 from vlmq.exports.mmproj_families import vision_part
-from vlmq.exports.writing import disk_names, full_precision, kept_linears, packed_layers, write_folder
+from vlmq.exports.writing import (
+    disk_names,
+    full_precision,
+    kept_linears,
+    packed_layers,
+    routers,
+    write_folder,
+)
 from vlmq.families.merged import merged_layers
 from vlmq.formats import QuantizedWeight
 from vlmq.integrity import listing
@@ -81,6 +88,18 @@ class HasCodes(Protocol):
         ...
 
 
+def _no_experts(model: PreTrainedModel) -> None:
+    """The target has no layout for packed experts.
+
+    Raises:
+        ValueError: the model holds some.
+    """
+    if apart := list(experts.unfused(model)):
+        raise ValueError(
+            f"{apart[0]!r} holds packed experts, for which it has no layout that a reader was seen to read"
+        )
+
+
 def _is_model_file(name: str) -> bool:
     """Of a model that is replaced, all but its card and the like."""
     return ".safetensors" in name or name.endswith((".json", ".gguf", ".bin"))
@@ -95,6 +114,7 @@ class Target:
         fill: the model, {layer: what `say` returned} and the processor.
         layers: the packed layers that go into it, by their path.
         check: raises ValueError if the model or its processor cannot be written, before any work.
+        check_experts: raises ValueError with the reason if packed experts of the model cannot be written.
         check_package: raises ValueError if a package is missing.
         roundings: {name for `convert`: a layer in the format, and the weights that this leaves}.
         is_replaced: whether a file of the folder goes with the model that is replaced.
@@ -107,6 +127,7 @@ class Target:
     fill: Callable[[PreTrainedModel, dict[str, Any], Any], Content]
     layers: Callable[[PreTrainedModel], Mapping[str, HasCodes]] = packed_layers
     check: Callable[[PreTrainedModel, Any], object] = check_apart
+    check_experts: Callable[[PreTrainedModel], None] = _no_experts
     check_package: Callable[[], None] = _no_package
     roundings: Mapping[str, Callable[[QuantizedWeight], tuple[Any, Tensor]]] = field(default_factory=dict)
     is_replaced: Callable[[str], bool] = _is_model_file
@@ -117,9 +138,10 @@ class Target:
 
 def to_compressed_tensors(model: PreTrainedModel, said: dict[str, IntegerGrid], processor: Any) -> Content:
     """See `vlmq.exports.compressed_tensors`."""
-    kept = kept_linears(model)
-    grids, notes = compressed_tensors.align(said, kept)
-    disk = disk_names(model, [*grids, *kept])
+    kept, kept_experts = [*kept_linears(model), *routers(model)], experts.kept_experts(model)
+    grids, notes = compressed_tensors.align(experts.split(model, said), kept)
+    notes += experts.notes(model)
+    disk = disk_names(model, [*grids, *kept, *kept_experts])
     tensors = {
         f"{n}.{leaf}": t for n, g in grids.items() for leaf, t in compressed_tensors.write_layer(g).items()
     }
@@ -130,7 +152,7 @@ def to_compressed_tensors(model: PreTrainedModel, said: dict[str, IntegerGrid], 
         )
     if model.dtype == torch.bfloat16:
         notes.append(BFLOAT16)
-    block = compressed_tensors.config_block(grids, kept, disk)
+    block = compressed_tensors.config_block(grids, kept, kept_experts, disk)
     return _folder(model, tensors, block, grids, notes, processor)
 
 
@@ -256,7 +278,8 @@ def _name(grid: IntegerGrid) -> str:
 
 
 TARGETS: dict[str, Target] = {
-    "compressed-tensors": Target(integer_grid, to_compressed_tensors),
+    "compressed-tensors": Target(integer_grid, to_compressed_tensors, check_experts=experts.check),
+    "vllm": Target(wide_grid, to_compressed_tensors, check_experts=experts.check),
     "gptq": Target(gptq.gptq_grid, to_gptq),
     "gemma": Target(gemma.channel_grid, to_gemma, example="int4-sym-channel"),
     "gguf": _gguf(COMMON),

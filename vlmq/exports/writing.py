@@ -1,8 +1,9 @@
 """Write a packed model as a transformers folder of another format: other tensors for packed layers, another config.
 
-Names on disk are those that transformers gives, in each family's own naming; everything that is not packed goes
-through as it is. The model is not changed. Packed embeddings and a packed output head are written in full
-precision, in the model's dtype, which is what a lookup gives: engines expect them so.
+Names on disk are those of the families' own checkpoints: what transformers gives, and the "vision_model" in the path of
+a tower, which it drops on loading and, unless the checkpoint had it, leaves out on saving, while other engines ask for
+it. Everything that is not packed goes through as it is. The model is not changed. Packed embeddings and a packed output
+head are written in full precision, in the model's dtype, which is what a lookup gives: engines expect them so.
 """
 
 import copy
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from vlmq.embedding import QuantEmbedding
 from vlmq.integrity import PACKED
@@ -35,6 +37,18 @@ def kept_linears(model: PreTrainedModel) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | QuantLinear) and name not in packed and not name.endswith(".table")
+    ]
+
+
+def routers(model: PreTrainedModel) -> list[str]:
+    """Modules whose weight is a matrix and that are no linear layers here, such as those that choose experts."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear | QuantLinear | nn.Embedding | QuantEmbedding)
+        and not name.endswith(".table")
+        and isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+        and weight.ndim == 2
     ]
 
 
@@ -63,11 +77,32 @@ def full_precision(model: PreTrainedModel) -> dict[str, Tensor]:
 def disk_names(model: PreTrainedModel, layers: list[str]) -> dict[str, str]:
     """What `save_pretrained` calls each layer; the same name where a family keeps it."""
     known: Any = revert_weight_conversion
+    twin = as_published(model)
     names: dict[str, str] = {}
     for layer in layers:
-        (written,) = known(model, {f"{layer}.weight_packed": torch.empty(0)})
+        (written,) = known(twin, {f"{layer}.weight_packed": torch.empty(0)})
         names[layer] = written.removesuffix(".weight_packed")
     return names
+
+
+def as_published(model: PreTrainedModel) -> Any:
+    """The same modules and tensors, to be saved by the names of the family's published checkpoints."""
+    twin: Any = copy.copy(model)  # what is set here is its own
+    every = get_model_conversion_mapping(model, add_legacy=False)
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        used = [known for known in every if not isinstance(known, PrefixChange)]
+    there = {(tuple(known.source_patterns), known.scope_prefix) for known in used}
+    towers = [
+        known
+        for known in every
+        if isinstance(known, PrefixChange)
+        and known.prefix_to_remove is not None
+        and known.scope_prefix
+        and (tuple(known.source_patterns), known.scope_prefix) not in there
+    ]
+    twin._weight_conversions = [*used, *towers]
+    return twin
 
 
 def write_folder(
@@ -89,7 +124,7 @@ def write_folder(
         processor: anything with `save_pretrained`.
         max_shard_size: largest size of one safetensors file.
     """
-    twin: Any = copy.copy(model)  # shares modules and tensors; what is set here is its own
+    twin = as_published(model)
     twin.config = copy.deepcopy(model.config)
     twin.config.quantization_config = json.loads(json.dumps(block))
     twin.hf_quantizer = None
