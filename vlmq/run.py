@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,11 @@ class Run:
     originals: dict[str, nn.Linear] = field(default_factory=dict)
     packed: dict[str, QuantLinear] = field(default_factory=dict)
     fused: dict[str, nn.Module] = field(default_factory=dict)
+    home: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Blocks may be computed elsewhere; layers that are out of the model then do not come back with them.
+        self.home = next(self.model.parameters()).device
 
     def unfuse(self) -> None:
         """Take apart the experts that the plan quantizes."""
@@ -61,12 +67,16 @@ class Run:
         self.packed[name] = packed
 
     def pack(self, prefix: str = "") -> None:
-        """Put the packed layers under `prefix` in place of their dense stand-ins."""
+        """Put the packed layers under `prefix` in place of their dense stand-ins, all where the model is."""
         for name, layer in self.packed.items():
             if name.startswith(prefix):
-                self.model.set_submodule(name, layer)
+                self.originals[name].to(self.home)
+                self.model.set_submodule(name, layer.to(self.home))
 
     def restore(self) -> None:
-        """Put the full-precision layers back."""
+        """Put the full-precision layers back, and all of their blocks to where the model is."""
         for name, layer in (*self.originals.items(), *self.fused.items()):
             self.model.set_submodule(name, layer)
+        for block in map(self.model.get_submodule, self.blocks()):
+            if not any(parameter.is_meta for parameter in block.parameters()):
+                block.to(self.home)
