@@ -5,7 +5,8 @@ each, so that what disturbs the machine disturbs all; the ratio to the first mod
 that together would fill more than half of the memory are measured one after the other instead.
 
 A model is a folder or a hub name, packed or not, or `preset:NAME` (see `vlmq.eval.presets`), or
-`preset:NAME@SCHEME` with its layers packed with random codes, which measures speed and memory only.
+`preset:NAME@SCHEME` with its layers packed with random codes, which measures speed and memory only; or what another
+package loads, `bitsandbytes:MODEL` and `gptqmodel:MODEL` (see `vlmq.eval.peer_models`).
 """
 
 import json
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from vlmq.eval.child import serve, start
 from vlmq.eval.easy_vqa_data import load_shapes
 from vlmq.eval.generation import generate_once, held_bytes, peak_bytes
+from vlmq.eval.peer_models import open_peer, peer_bits, split_peer
 from vlmq.eval.perplexity import perplexity, token_windows
 from vlmq.eval.presets import PRESETS, build_preset, preset_bytes
 from vlmq.eval.report import Column, Table
@@ -93,10 +95,11 @@ def check_job(job: Job) -> None:
     name, _ = _preset_of(job.model)
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; known: {' '.join(PRESETS)}")
-    if name is None and not Path(job.model).is_dir() and job.model.startswith((".", "/", "~")):
+    _, path = split_peer(job.model)
+    if name is None and not Path(path).is_dir() and path.startswith((".", "/", "~")):
         raise ValueError(f"model {job.model!r}: there is no such folder")
-    if name is None and Path(job.model).is_dir():
-        disk_bytes(Path(job.model))  # which refuses a folder without weights
+    if name is None and Path(path).is_dir():
+        disk_bytes(Path(path))  # which refuses a folder without weights
     for path in filter(None, (job.text, job.vqa)):
         if path != SHAPES and not Path(path).is_file():
             raise ValueError(f"there is no file {path!r}")
@@ -130,16 +133,17 @@ class Measurement:
         job, model, device = self.job, self.model, self.device
         peak = peak_bytes(device) - self.before
         size = model_size(model)
+        peer, path = split_peer(job.model)
+        plain_bits = size.bits_per_weight if size.n_quantized_layers else 8.0 * model.dtype.itemsize
+        bits, weight_bytes = (plain_bits, size.total_bits / 8) if peer is None else peer_bits(model)
         record: dict[str, Any] = {
             "model": job.model,
             "n_prompt": int(self.inputs["input_ids"].shape[1]),
             "n_new": job.n_new,
-            "weight_megabytes": size.total_bits / 8e6,
+            "weight_megabytes": weight_bytes / 1e6,
             "peak_megabytes": peak / 1e6,
-            "megabytes": disk_bytes(Path(job.model)) / 1e6 if Path(job.model).is_dir() else None,
-            "bits_per_weight": size.bits_per_weight
-            if size.n_quantized_layers
-            else 8.0 * model.dtype.itemsize,
+            "megabytes": disk_bytes(Path(path)) / 1e6 if Path(path).is_dir() else None,
+            "bits_per_weight": bits,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -214,8 +218,9 @@ def _fit_together(jobs: Sequence[Job]) -> bool:
 
 
 def _known_bytes(model: str) -> int | None:
-    if Path(model).is_dir():
-        return disk_bytes(Path(model))
+    path = split_peer(model)[1]
+    if Path(path).is_dir():
+        return disk_bytes(Path(path))
     name, scheme = _preset_of(model)
     return None if name is None else preset_bytes(name, scheme)
 
@@ -258,9 +263,11 @@ def _open(job: Job) -> tuple[PreTrainedModel, Any]:
     name, scheme = _preset_of(job.model)
     if name is not None:
         return build_preset(name, scheme, device=job.device or "cpu"), None
-    model = open_model(job.model, device=job.device, trust_remote_code=job.trust_remote_code)
+    peer, path = split_peer(job.model)
+    options = {"device": job.device, "trust_remote_code": job.trust_remote_code}
+    model = open_peer(peer, path, job.device or "cpu") if peer else open_model(path, **options)
     try:
-        return model, open_processor(job.model, trust_remote_code=job.trust_remote_code)
+        return model, open_processor(path, trust_remote_code=job.trust_remote_code)
     except (OSError, ValueError):
         if job.text is not None and not job.text.endswith(".pt") or job.vqa is not None:
             raise

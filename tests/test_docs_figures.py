@@ -182,6 +182,21 @@ def test_speed_of_other_packages_layers():
     assert all(version in text for version in versions)
 
 
+def test_models_of_other_packages():
+    measured = json.loads((RESULTS / "peer_models.json").read_text())["models"]
+    table = rows("docs/speed.md", "| SmolLM2-135M beside bitsandbytes |")
+    keys = (
+        "tokens_per_second",
+        "speedup",
+        "weight_megabytes",
+        "peak_megabytes",
+        "bits_per_weight",
+        "perplexity",
+    )
+    for row, m in zip(table, measured, strict=True):
+        assert_shown(row[1:], [m[key] for key in keys], f"speed of {row[0]}")
+
+
 def test_attention_and_prompts():
     measured = json.loads((RESULTS / "decoding.json").read_text())["milliseconds"]
     table = rows("docs/speed.md", "| | torch | vlmq |")

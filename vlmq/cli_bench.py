@@ -25,7 +25,7 @@ def bench_command(
         list[str] | None,
         typer.Argument(
             help="Folders or hub names, packed or not; or preset:NAME for random weights of a known shape "
-            f"({PRESET_NAMES}). The first is the baseline."
+            f"({PRESET_NAMES}); or bitsandbytes:MODEL, gptqmodel:MODEL for these packages. The first is the baseline."
         ),
     ] = None,
     kernels: Annotated[
