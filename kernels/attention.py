@@ -36,7 +36,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         and n_heads % n_kv_heads == 0
         and head_dim % MULTIPLE == value_dim % MULTIPLE == 0
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        and (mask is None or _is_plain(mask, n_batch, n_heads, n_keys))
+        and (mask is None or is_plain_mask(mask, n_batch, n_heads, n_keys))
     )
 
 
@@ -83,7 +83,7 @@ def attend(
         None if mask is None else mask.data_ptr(),
         out.data_ptr(),
     )
-    index = _isa_index(isa)
+    index = isa_index(isa)
     if library.vlmq_attend(*places, sizes, scale, DTYPES[q.dtype], index, torch.get_num_threads()):
         raise MemoryError(f"no memory for attention over {n_keys} keys")
     return out
@@ -92,7 +92,8 @@ def attend(
 _SIZES = ctypes.c_int64 * 16
 
 
-def _is_plain(mask: Tensor, n_batch: int, n_heads: int, n_keys: int) -> bool:
+def is_plain_mask(mask: Tensor, n_batch: int, n_heads: int, n_keys: int) -> bool:
+    """Say whether this is a mask (n_batch or 1, n_heads or 1, 1, n_keys) that the kernels read."""
     if mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu or mask.stride(-1) != 1:
         return False
     a, b, c, d = mask.shape
@@ -100,7 +101,8 @@ def _is_plain(mask: Tensor, n_batch: int, n_heads: int, n_keys: int) -> bool:
 
 
 @cache
-def _isa_index(isa: str | None) -> int:
+def isa_index(isa: str | None) -> int:
+    """Return the place of an instruction set in the library's list; of the one in use for None."""
     library = open_library()
     assert not isinstance(library, str)
     return isa_names(library).index(choose_isa(library, isa))

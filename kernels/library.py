@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ABI = 4
+ABI = 5
 PATH = Path(__file__).parent / "libvlmq_cpu.so"
 INSTALL = "install a C compiler (gcc or clang) and install vlmq again"
 
@@ -119,4 +119,5 @@ def _declare(library: ctypes.CDLL) -> None:
     library.vlmq_use_team.argtypes = [pointer]
     library.vlmq_linear.argtypes = [pointer, pointer, integer, pointer, long, integer, integer]
     library.vlmq_attend.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
+    library.vlmq_decode.argtypes = [pointer, pointer, integer]
     library.vlmq_unpack.argtypes = [pointer, pointer, long, long, pointer, integer, integer]

@@ -8,6 +8,7 @@ bias, so a gradient can pass through a quantized block. Scales have no gradient.
 parts are checked where a module is built or loaded, not at each call.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vlmq.kernels.backends import BoundLayer, choose_backend
 Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def runs_plainly(x: Tensor, parts: Parts) -> bool:
+def runs_plainly(x: Tensor, parts: Sequence[Tensor | None]) -> bool:
     """Say whether nothing but the result is wanted: no gradient, graph, trace, transform or mode sees the call.
 
     Then a layer may call a backend itself. It is asked at each call, so the cheapest questions come first.

@@ -14,7 +14,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlmq import decoding
-from vlmq.decoding import NAME, GrowingLayer, attention, prepare_decoding
+from vlmq.decoding import prepare_decoding
+from vlmq.decoding_attention import NAME, attention
+from vlmq.growing_cache import GrowingLayer
 from vlmq.kernels import attention as kernel
 from vlmq.kernels import cpu
 
@@ -113,9 +115,11 @@ def test_what_somebody_chose_is_kept(model):
 def test_families_that_ask_for_the_name_keep_it():
     import transformers.models.falcon.modeling_falcon as falcon
     import transformers.models.llama.modeling_llama as llama
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl as qwen
 
     assert decoding._asks_for_sdpa(falcon.__name__)
     assert not decoding._asks_for_sdpa(llama.__name__)
+    assert not decoding._asks_for_sdpa(qwen.__name__)  # it is a default there
     assert decoding._asks_for_sdpa("a module that is not there")
     assert falcon.__name__ in sys.modules
 

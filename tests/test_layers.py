@@ -13,8 +13,10 @@ LAYERS = (
     "formats",
     "scheme",
     "kernels , families , linalg",
-    "siblings , decoding",
+    "siblings , known_code , decoding_attention , growing_cache",
     "linear | calib | solvers",
+    "decoder_step",
+    "decoding",
     "quantization , block_solving , expert_solving , learning , run , resuming , planning , overrides , checkpoint"
     " , staging , integrity , stored , hf , attach , embedding , opening , progress , distillation , distill_data"
     " , distill_loop , distill_losses , distill_settings , straight_through , imports , foreign",

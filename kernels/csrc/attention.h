@@ -110,5 +110,3 @@ VLMQ_TARGET static void FN(attend)(void *attention, int64_t i, int worker) {
     else
         FN(attend_head)(a, i / a->n_heads, i % a->n_heads, scratch, VLMQ_FLOAT16);
 }
-
-static const vlmq_kernels FN(kernels) = {FN(quantize_token), FN(multiply_rows), FN(unpack_rows), FN(attend)};

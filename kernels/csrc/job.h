@@ -42,6 +42,11 @@ typedef struct {
     void (*multiply_rows)(void *job, int64_t chunk, int worker);
     void (*unpack_rows)(void *job, int64_t chunk, int worker);
     void (*attend)(void *attention, int64_t head, int worker);
+    /* Of n numbers: elementwise.h. */
+    void (*norm)(const void *x, const void *weight, float eps, int64_t n, void *out, int dtype);
+    void (*rotate)(const void *x, const void *cos, const void *sin, int64_t n, void *out, int dtype);
+    void (*gate)(const void *gate, const void *up, int64_t n, void *out, int dtype);
+    void (*add)(const void *a, const void *b, int64_t n, void *out, int dtype);
 } vlmq_kernels;
 
 /* The parts of a worker's scratch. */

@@ -204,3 +204,5 @@ int vlmq_attend(const void *q, const void *k, const void *v, const uint8_t *mask
     free(a.scratch);
     return 0;
 }
+
+#include "decoder.h"

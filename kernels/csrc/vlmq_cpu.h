@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define VLMQ_ABI 4
+#define VLMQ_ABI 5
 #define VLMQ_MAX_LAYERS 8
 #define VLMQ_MAX_TOKENS 16
 #define VLMQ_MAX_THREADS 64
@@ -87,5 +87,38 @@ VLMQ_EXPORT int vlmq_unpack(const vlmq_layer *layer, const int64_t *rows, int64_
  * q, k, v and out are in `dtype`. Returns 0, or -1 if there is not enough memory. */
 VLMQ_EXPORT int vlmq_attend(const void *q, const void *k, const void *v, const uint8_t *mask, void *out,
                             const int64_t sizes[16], float scale, int dtype, int isa, int n_threads);
+
+/* The layers and norms of a decoder layer. Norms: of x before attention and before the MLP, of each head of queries and
+ * of keys; the last two may be NULL. Their weights are in `dtype`, as x is. */
+enum { VLMQ_Q, VLMQ_K, VLMQ_V, VLMQ_O, VLMQ_GATE, VLMQ_UP, VLMQ_DOWN, VLMQ_DECODER_LAYERS };
+enum { VLMQ_NORM_X, VLMQ_NORM_MLP, VLMQ_NORM_Q, VLMQ_NORM_K, VLMQ_DECODER_NORMS };
+
+typedef struct {
+    const vlmq_layer *layers[VLMQ_DECODER_LAYERS];
+    const void *norms[VLMQ_DECODER_NORMS];
+    float eps[VLMQ_DECODER_NORMS];
+    float scale; /* of the products of queries and keys */
+    int64_t hidden, n_heads, n_kv_heads, head_dim, intermediate;
+    int32_t dtype, isa;
+} vlmq_decoder;
+
+/* What one call of a decoder layer reads and writes. */
+typedef struct {
+    const void *x;          /* (n_batch, hidden) */
+    void *out;              /* (n_batch, hidden) */
+    const void *cos, *sin;  /* (n_batch or 1, head_dim), or NULL: no rotation */
+    void *keys, *values;    /* (n_batch, n_kv_heads, more than n_past, head_dim); token n_past is written */
+    const uint8_t *mask;    /* (n_batch or 1, n_heads or 1, n_past + 1), nonzero is seen, or NULL */
+    int64_t n_batch, n_past;
+    int64_t turn_batch;     /* numbers of elements from one to the next, 0 where all share one: rows of cos and sin, */
+    int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head;
+} vlmq_decoding;
+
+/* One new token of each sequence through a decoder layer, at most VLMQ_MAX_TOKENS of them:
+ *
+ *     h = x + o(attention(rotate(q(norm x)), keys, values)),    out = h + down(silu(gate(norm h)) * up(norm h))
+ *
+ * Returns 0, or -1 if there is not enough memory; then keys and values may hold the new token. */
+VLMQ_EXPORT int vlmq_decode(const vlmq_decoder *decoder, const vlmq_decoding *call, int n_threads);
 
 #endif
