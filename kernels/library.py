@@ -119,5 +119,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.vlmq_use_team.argtypes = [pointer]
     library.vlmq_linear.argtypes = [pointer, pointer, integer, pointer, long, integer, integer]
     library.vlmq_attend.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
+    library.vlmq_dense.argtypes = [pointer] * 4 + [long] * 3 + [integer] * 3
     library.vlmq_decode.argtypes = [pointer, pointer, integer]
     library.vlmq_unpack.argtypes = [pointer, pointer, long, long, pointer, integer, integer]

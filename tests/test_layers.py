@@ -13,7 +13,7 @@ LAYERS = (
     "formats",
     "scheme",
     "kernels , families , linalg",
-    "siblings , known_code , decoding_attention , growing_cache",
+    "siblings , known_code , decoding_attention , growing_cache , dense_step",
     "linear | calib | solvers",
     "decoder_step",
     "decoding",

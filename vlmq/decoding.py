@@ -2,7 +2,8 @@
 
 With packed layers most of a token's time is spent elsewhere. A packed model whose attention is "sdpa" therefore gets
 the attention "vlmq" (`vlmq.decoding_attention`), a cache that grows without being copied (`vlmq.growing_cache`), and,
-where the code of its decoder layers is known, one call for the whole of a layer (`vlmq.decoder_step`). A family whose
+where the code of its decoder layers is known, one call for the whole of a layer (`vlmq.decoder_step`). An output head
+that stays dense is read in C too (`vlmq.dense_step`). A family whose
 code asks for "sdpa" by name keeps its attention, and `model.set_attn_implementation("sdpa")` gives all of it back but
 the cache.
 """
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from vlmq.decoder_step import install_steps
 from vlmq.decoding_attention import NAME
+from vlmq.dense_step import install_dense_step
 from vlmq.growing_cache import grow_cache
 from vlmq.kernels.cpu import missing_library
 
@@ -31,6 +33,7 @@ def prepare_decoding(model: nn.Module) -> None:
     if grow_cache not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(grow_cache, with_kwargs=True)
     install_steps(model)
+    install_dense_step(model)
 
 
 def _may_change(model: PreTrainedModel) -> bool:

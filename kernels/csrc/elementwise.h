@@ -90,4 +90,4 @@ VLMQ_TARGET static void FN(add)(const void *a, const void *b, int64_t n, void *o
 #undef EACH_DTYPE
 
 static const vlmq_kernels FN(kernels) = {FN(quantize_token), FN(multiply_rows), FN(unpack_rows), FN(attend),
-                                         FN(norm),           FN(rotate),        FN(gate),        FN(add)};
+                                         FN(dense),          FN(norm),          FN(rotate),      FN(gate),   FN(add)};

@@ -3,6 +3,7 @@
 #include "unpack.h"
 #include "kernel.h"
 #include "attention.h"
+#include "dense.h"
 #include "elementwise.h"
 
 #undef VLMQ_TARGET

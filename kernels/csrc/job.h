@@ -36,12 +36,25 @@ typedef struct {
     int64_t scratch_bytes;
 } vlmq_attention;
 
+/* Halves in a line of memory, and how many lines of dense weights are fetched ahead. */
+enum { LINE = 32, LINES_AHEAD = 16 };
+
+/* A call of vlmq_dense; x in float32. */
+typedef struct {
+    const float *x;
+    const void *weight, *bias;
+    void *y;
+    int64_t n_tokens, in_features, out_features, chunk_rows;
+    int dtype;
+} vlmq_dense_job;
+
 /* What an instruction set offers: each takes a vlmq_job (or a vlmq_attention), a chunk and the worker's number. */
 typedef struct {
     void (*quantize_token)(void *job, int64_t token, int worker);
     void (*multiply_rows)(void *job, int64_t chunk, int worker);
     void (*unpack_rows)(void *job, int64_t chunk, int worker);
     void (*attend)(void *attention, int64_t head, int worker);
+    void (*dense)(void *dense_job, int64_t chunk, int worker);
     /* Of n numbers: elementwise.h. */
     void (*norm)(const void *x, const void *weight, float eps, int64_t n, void *out, int dtype);
     void (*rotate)(const void *x, const void *cos, const void *sin, int64_t n, void *out, int dtype);

@@ -205,4 +205,21 @@ int vlmq_attend(const void *q, const void *k, const void *v, const uint8_t *mask
     return 0;
 }
 
+int vlmq_dense(const void *x, const void *weight, const void *bias, void *y, int64_t n_tokens, int64_t in_features,
+               int64_t out_features, int dtype, int isa, int n_threads) {
+    float *floats = NULL;
+    if (posix_memalign((void **)&floats, 64, (size_t)(n_tokens * in_features + 16) * sizeof(float))) return -1;
+    for (int64_t i = 0; i < n_tokens * in_features; i++) floats[i] = float_at(x, i, dtype);
+    int is_small = out_features * in_features * n_tokens < MIN_SHARED_CODES;
+    n_threads = is_small || n_threads < 1 ? 1 : n_threads < VLMQ_MAX_THREADS ? n_threads : VLMQ_MAX_THREADS;
+    int64_t least = MIN_CHUNK_CODES / in_features, even = out_features / (n_threads * CHUNKS_PER_THREAD);
+    vlmq_dense_job job = {.x = floats, .weight = weight, .bias = bias, .y = y, .n_tokens = n_tokens,
+                          .in_features = in_features, .out_features = out_features, .dtype = dtype,
+                          .chunk_rows = round_up((least > even ? least : even) + 1, 4)};
+    int64_t n_chunks = (out_features + job.chunk_rows - 1) / job.chunk_rows;
+    share_chunks(isas[isa].kernels->dense, &job, n_chunks, n_threads);
+    free(floats);
+    return 0;
+}
+
 #include "decoder.h"

@@ -88,6 +88,12 @@ VLMQ_EXPORT int vlmq_unpack(const vlmq_layer *layer, const int64_t *rows, int64_
 VLMQ_EXPORT int vlmq_attend(const void *q, const void *k, const void *v, const uint8_t *mask, void *out,
                             const int64_t sizes[16], float scale, int dtype, int isa, int n_threads);
 
+/* A dense layer, for those that stay so: y (n_tokens, out_features) of x (n_tokens, in_features), weight (out_features,
+ * in_features) and bias (out_features,) or NULL, all in `dtype`, bfloat16 or float16. Returns 0, or -1 if there is not
+ * enough memory. */
+VLMQ_EXPORT int vlmq_dense(const void *x, const void *weight, const void *bias, void *y, int64_t n_tokens,
+                           int64_t in_features, int64_t out_features, int dtype, int isa, int n_threads);
+
 /* The layers and norms of a decoder layer. Norms: of x before attention and before the MLP, of each head of queries and
  * of keys; the last two may be NULL. Their weights are in `dtype`, as x is. */
 enum { VLMQ_Q, VLMQ_K, VLMQ_V, VLMQ_O, VLMQ_GATE, VLMQ_UP, VLMQ_DOWN, VLMQ_DECODER_LAYERS };
