@@ -2,9 +2,11 @@
 
     python -m vlmq.eval.bench_decoding --threads 1 --json eval/results/decoding.json
 
-Attention of one new token in bfloat16 (`vlmq.kernels.attention`) against torch's product, and 64 tokens through a
-packed layer of 4096 x 4096, which are multiplied with unpacked weights, against torch's bfloat16 layer. Two calls of
-each in a round, of which the second is timed; a figure is the median of the rounds.
+One new token in bfloat16: attention (`vlmq.kernels.attention`) and a dense output head (`vlmq.kernels.dense`) against
+torch's products, and a packed decoder layer in one call (`vlmq.decoder_step`) against the code of its family, which
+calls the same packed layers. And 64 tokens through a packed layer of 4096 x 4096, which are multiplied with unpacked
+weights, against torch's bfloat16 layer. Two calls of each in a round, of which the second is timed; a figure is the
+median of the rounds.
 """
 
 import argparse
@@ -12,22 +14,30 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers import DynamicCache, LlamaConfig
 
 from vlmq.eval.bench_cpu import SIZE
+from vlmq.eval.presets import build_random
 from vlmq.eval.smollm2 import commit
 from vlmq.formats import get_format, n_groups
 from vlmq.kernels import cpu
 from vlmq.kernels.attention import attend
+from vlmq.kernels.dense import dense
 from vlmq.kernels.packing import row_bytes
 
 # Heads, heads of keys, size of a head, keys.
 ATTENTIONS = ((9, 3, 64, 80), (32, 32, 64, 100), (32, 8, 128, 1000))
+# Width, width of the MLP, heads, heads of keys, keys at the start; SmolLM2-135M and the preset llama-2048.
+LAYERS = ((576, 1536, 9, 3, 80), (2048, 5632, 32, 32, 80))
+LAYER_SCHEMES = ("ternary-g64", "int4-g64")
+HEADS = ((49152, 576), (32000, 2048))
 SCHEMES = (("ternary", 64), ("int4", 64))
 N_TOKENS = 64
 
@@ -41,6 +51,45 @@ def attention_calls(n_heads: int, n_kv: int, dim: int, n_keys: int) -> dict[str,
         f"{name}: torch": lambda: functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         f"{name}: vlmq": lambda: attend(q, k, v, None, dim**-0.5),
     }
+
+
+def head_calls() -> dict[str, Callable[[], Any]]:
+    """One token through dense output heads, by torch and by vlmq."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for out_features, in_features in HEADS:
+        x = torch.randn(1, 1, in_features, dtype=torch.bfloat16)
+        weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
+        name = f"head, {out_features} x {in_features}"
+        calls[f"{name}: torch"] = lambda x=x, weight=weight: functional.linear(x, weight)
+        calls[f"{name}: vlmq"] = lambda x=x, weight=weight: dense(x, weight, None)
+    return calls
+
+
+def layer_calls(
+    hidden: int, intermediate: int, n_heads: int, n_kv: int, n_keys: int, scheme: str
+) -> dict[str, Callable[[], Any]]:
+    """One new token through a packed decoder layer of Llama, by its own code and in one call; each has its cache."""
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv,
+        vocab_size=64,
+    )
+    model: Any = build_random(config, scheme)
+    layer = model.model.layers[0]
+    x = torch.randn(1, 1, hidden, dtype=torch.bfloat16)
+    turn = model.model.rotary_emb(x, torch.tensor([[n_keys]]))
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, forward in (("own code", partial(type(layer).forward, layer)), ("one call", layer)):
+        cache = DynamicCache(config=config)
+        model(torch.ones(1, n_keys - 1, dtype=torch.int64), past_key_values=cache)
+        model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)  # makes room
+        calls[f"layer, {hidden} wide, {scheme}: {name}"] = partial(
+            forward, x, attention_mask=None, past_key_values=cache, position_embeddings=turn
+        )
+    return calls
 
 
 def prompt_calls() -> dict[str, Callable[[], Any]]:
@@ -61,9 +110,9 @@ def prompt_calls() -> dict[str, Callable[[], Any]]:
 @torch.inference_mode()
 def bench_decoding(n_rounds: int = 40) -> dict[str, float]:
     """Milliseconds of each call, by name."""
-    calls = {
-        name: call for sizes in ATTENTIONS for name, call in attention_calls(*sizes).items()
-    } | prompt_calls()
+    groups = [attention_calls(*sizes) for sizes in ATTENTIONS]
+    groups += [layer_calls(*sizes, scheme) for sizes in LAYERS for scheme in LAYER_SCHEMES]
+    calls = {name: call for group in (*groups, head_calls(), prompt_calls()) for name, call in group.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(n_rounds):
         for name, call in calls.items():

@@ -85,7 +85,23 @@ def build_preset(
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; known: {' '.join(PRESETS)}")
-    model = _build_empty(name, scheme, dtype)
+    return build_random(PRESETS[name](), scheme, dtype=dtype, device=device, seed=seed)
+
+
+def build_random(
+    config: PreTrainedConfig,
+    scheme: str | None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model of a config with random weights; all else as `build_preset`.
+
+    Raises:
+        ValueError: an unknown scheme.
+    """
+    model = _build_empty(config, scheme, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     model.to_empty(device=device)
     for module in model.modules():
@@ -97,20 +113,19 @@ def build_preset(
 
 def preset_bytes(name: str, scheme: str | None, *, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of the weights that `build_preset` would make."""
-    return sum(p.nbytes for p in _build_empty(name, scheme, dtype).parameters())
+    return sum(p.nbytes for p in _build_empty(PRESETS[name](), scheme, dtype).parameters())
 
 
-def _build_empty(name: str, scheme: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    config = PRESETS[name]()
+def _build_empty(config: PreTrainedConfig, scheme: str | None, dtype: torch.dtype) -> PreTrainedModel:
     auto = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype)
     if scheme is not None:
-        _pack_empty(model, scheme, dtype, name)
+        _pack_empty(model, scheme, dtype)
     return model
 
 
-def _pack_empty(model: PreTrainedModel, scheme: str, dtype: torch.dtype, name: str) -> None:
+def _pack_empty(model: PreTrainedModel, scheme: str, dtype: torch.dtype) -> None:
     """Replace the layers that the plan names by packed ones without values."""
     schemes = plan(model, scheme).schemes
     for path, chosen in schemes.items():
@@ -126,7 +141,7 @@ def _pack_empty(model: PreTrainedModel, scheme: str, dtype: torch.dtype, name: s
             device="meta",
         )
         model.set_submodule(path, layer)
-    attach(model, {path: chosen.name for path, chosen in schemes.items()}, {"preset": name})
+    attach(model, {path: chosen.name for path, chosen in schemes.items()}, {"weights": "random"})
 
 
 def _fill(module: nn.Module, generator: torch.Generator) -> None:

@@ -12,6 +12,8 @@ from vlmq.kernels import cpu
 @pytest.mark.skipif(cpu.missing_library() is not None, reason="needs the C kernels")
 def test_all_calls_are_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_decoding, "ATTENTIONS", ((4, 2, 32, 9),))
+    monkeypatch.setattr(bench_decoding, "LAYERS", ((64, 128, 4, 2, 9),))
+    monkeypatch.setattr(bench_decoding, "HEADS", ((128, 64),))
     monkeypatch.setattr(bench_decoding, "SIZE", 128)
     path = tmp_path / "decoding.json"
     monkeypatch.setattr(sys, "argv", ["bench_decoding", "--json", str(path)])
@@ -21,6 +23,13 @@ def test_all_calls_are_timed(monkeypatch, tmp_path, capsys):
     rows = [
         f"{name}: torch",
         f"{name}: vlmq",
+        *(
+            f"layer, 64 wide, {s}: {how}"
+            for s in ("ternary-g64", "int4-g64")
+            for how in ("own code", "one call")
+        ),
+        "head, 128 x 64: torch",
+        "head, 128 x 64: vlmq",
         "64 tokens: torch",
         "64 tokens: ternary-g64",
         "64 tokens: int4-g64",
