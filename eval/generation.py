@@ -51,7 +51,7 @@ def generate_once(
             streamer=clock,
             do_sample=False,
             max_new_tokens=n_new,
-            min_new_tokens=n_new,
+            eos_token_id=None,  # nothing ends it; `min_new_tokens` would search the vocabulary at each token
             pad_token_id=0,
         )
     if len(clock.times) != n_new:
