@@ -2,8 +2,9 @@
  *
  *     out[h] = sum_t p[t] v[t],    p = softmax over t of scale * (q[h] . k[t]),    t not masked
  *
- * for each head h of queries, whose keys and values are those of head h / (heads of queries per head of keys). All is
- * computed in float32 and rounded once. A head is the work of one thread, so the number of threads changes nothing.
+ * for each head h of queries, whose keys and values are those of head h / (heads of queries per head of keys). Up to four
+ * heads that share theirs are computed together, so that what is read serves all. All is in float32 and rounded once;
+ * which thread has which heads changes nothing.
  */
 
 #define LANES (WIDTH / 4)
@@ -16,22 +17,33 @@ VLMQ_TARGET static inline __attribute__((always_inline)) floats_t FN(load_as)(co
     return HALVES((const uint16_t *)array + i);
 }
 
-/* scores[t] = q . k[t] for all keys of a head, four at a time; q in float32. */
+/* scores[i, t] = q[i] . k[t] for N_Q heads of queries that share their keys, two keys at a time, or four for one head;
+ * q in float32. */
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(score_keys)(
-    const vlmq_attention *a, const float *q, const void *keys, int64_t first, float *scores, const int DTYPE) {
-    const int64_t n = a->n_keys, step = a->k_token;
-    for (int64_t t = 0; t < n; t += 4) {
-        floats_t sums[4] = {SAME(0.0f), SAME(0.0f), SAME(0.0f), SAME(0.0f)};
-        float four[4];
+    const vlmq_attention *a, const float *q, const void *keys, int64_t first, float *scores, const int N_Q,
+    const int DTYPE) {
+    const int64_t n = a->n_keys, dim = round_up(a->head_dim, 64), room = round_up(n, 64);
+    const int N_KEYS = N_Q == 1 ? 4 : 2;
+    for (int64_t t = 0; t < n; t += N_KEYS) {
+        floats_t sums[4][4];
+        float four[4][4];
+        int64_t at[4];
         /* Where fewer are left, the last one is computed again and dropped. */
-        const int64_t at[4] = {first + t * step, first + min_int64(t + 1, n - 1) * step,
-                               first + min_int64(t + 2, n - 1) * step, first + min_int64(t + 3, n - 1) * step};
+        for (int k = 0; k < N_KEYS; k++) at[k] = first + min_int64(t + k, n - 1) * a->k_token;
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < 4; i++) sums[k][i] = SAME(0.0f);
         for (int64_t d = 0; d < a->head_dim; d += LANES) {
-            const floats_t here = LOAD_FLOATS(q + d);
-            for (int i = 0; i < 4; i++) sums[i] = TIMES_PLUS(here, FN(load_as)(keys, at[i] + d, DTYPE), sums[i]);
+            floats_t here[4];
+            for (int k = 0; k < N_KEYS; k++) here[k] = FN(load_as)(keys, at[k] + d, DTYPE);
+            for (int i = 0; i < N_Q; i++)
+                for (int k = 0; k < N_KEYS; k++)
+                    sums[k][i] = TIMES_PLUS(LOAD_FLOATS(q + i * dim + d), here[k], sums[k][i]);
         }
-        FOUR_TOTALS(four, sums[0], sums[1], sums[2], sums[3]);
-        for (int64_t i = 0; i < min_int64(4, n - t); i++) scores[t + i] = four[i];
+        if (N_Q == 1) FOUR_TOTALS(four[0], sums[0][0], sums[1][0], sums[2][0], sums[3][0]);
+        for (int k = 0; k < N_KEYS && N_Q > 1; k++)
+            FOUR_TOTALS(four[k], sums[k][0], sums[k][1], sums[k][2], sums[k][3]);
+        for (int64_t k = 0; k < min_int64(N_KEYS, n - t); k++)
+            for (int i = 0; i < N_Q; i++) scores[i * room + t + k] = N_Q == 1 ? four[0][k] : four[k][i];
     }
 }
 
@@ -66,47 +78,67 @@ VLMQ_TARGET static float FN(soften)(const vlmq_attention *a, const uint8_t *mask
     return sum == 0.0f ? 0.0f : 1.0f / sum;
 }
 
-/* out[d] = factor * sum_t weights[t] v[t, d], four vectors of d at a time. */
-VLMQ_TARGET static inline __attribute__((always_inline)) void FN(mix_values)(
-    const vlmq_attention *a, const float *weights, float factor, const void *values, int64_t first, float *out,
-    const int DTYPE) {
-    for (int64_t d = 0; d < a->value_dim; d += 4 * LANES) {
-        const int n_here = (int)min_int64(4, (a->value_dim - d) / LANES);
-        floats_t sums[4] = {SAME(0.0f), SAME(0.0f), SAME(0.0f), SAME(0.0f)};
-        if (n_here == 4)
-            for (int64_t t = 0; t < a->n_keys; t++)
-                for (int i = 0; i < 4; i++)
-                    sums[i] = TIMES_PLUS(SAME(weights[t]),
-                                         FN(load_as)(values, first + t * a->v_token + d + i * LANES, DTYPE), sums[i]);
-        else
-            for (int64_t t = 0; t < a->n_keys; t++)
-                for (int i = 0; i < n_here; i++)
-                    sums[i] = TIMES_PLUS(SAME(weights[t]),
-                                         FN(load_as)(values, first + t * a->v_token + d + i * LANES, DTYPE), sums[i]);
-        for (int i = 0; i < n_here; i++) STORE_FLOATS(out + d + i * LANES, TIMES(SAME(factor), sums[i]));
+/* out[i, d] = factors[i] * sum_t weights[i, t] v[t, d] for N_Q heads, N_D vectors of d at a time from d on. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(mix_some)(
+    const vlmq_attention *a, const float *weights, const float *factors, const void *values, int64_t first, int64_t d,
+    float *out, const int N_D, const int N_Q, const int DTYPE) {
+    const int64_t room = round_up(a->n_keys, 64), dim = round_up(a->value_dim, 64);
+    floats_t sums[4][4];
+    for (int i = 0; i < N_Q; i++)
+        for (int j = 0; j < N_D; j++) sums[i][j] = SAME(0.0f);
+    for (int64_t t = 0; t < a->n_keys; t++)
+        for (int j = 0; j < N_D; j++) {
+            const floats_t here = FN(load_as)(values, first + t * a->v_token + d + j * LANES, DTYPE);
+            for (int i = 0; i < N_Q; i++) sums[i][j] = TIMES_PLUS(SAME(weights[i * room + t]), here, sums[i][j]);
+        }
+    for (int i = 0; i < N_Q; i++)
+        for (int j = 0; j < N_D; j++)
+            STORE_FLOATS(out + i * dim + d + j * LANES, TIMES(SAME(factors[i]), sums[i][j]));
+}
+
+/* Heads `head` .. head + N_Q - 1 of one sequence, which share the keys and values of head `of`. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(attend_heads)(
+    const vlmq_attention *a, int64_t batch, int64_t head, int64_t of, float *scratch, const int N_Q, const int DTYPE) {
+    /* Vectors of values that are held at a time: as many sums as there are registers for. */
+    enum { AT_A_TIME = WIDTH == 64 ? 4 : 2 };
+    const int64_t room = round_up(a->n_keys, 64), dim = round_up(a->head_dim, 64), out_dim = round_up(a->value_dim, 64);
+    float *scores = scratch, *q = scores + N_Q * room, *out = q + N_Q * dim, factors[N_Q];
+    for (int i = 0; i < N_Q; i++)
+        for (int64_t d = 0; d < a->head_dim; d++)
+            q[i * dim + d] = float_at(a->q, batch * a->q_batch + (head + i) * a->q_head + d, DTYPE);
+    FN(score_keys)(a, q, a->k, batch * a->k_batch + of * a->k_head, scores, N_Q, DTYPE);
+    for (int i = 0; i < N_Q; i++) {
+        const uint8_t *mask = a->mask ? a->mask + batch * a->mask_batch + (head + i) * a->mask_head : NULL;
+        factors[i] = FN(soften)(a, mask, scores + i * room);
     }
+    const int64_t first = batch * a->v_batch + of * a->v_head, many = AT_A_TIME * LANES;
+    int64_t d = 0;
+    for (; d + many <= a->value_dim; d += many)
+        FN(mix_some)(a, scores, factors, a->v, first, d, out, AT_A_TIME, N_Q, DTYPE);
+    for (; d < a->value_dim; d += LANES) FN(mix_some)(a, scores, factors, a->v, first, d, out, 1, N_Q, DTYPE);
+    for (int i = 0; i < N_Q; i++)
+        store_floats(a->out, (batch * a->n_heads + head + i) * a->value_dim, DTYPE, out + i * out_dim, a->value_dim);
 }
 
-VLMQ_TARGET static inline __attribute__((always_inline)) void FN(attend_head)(
-    const vlmq_attention *a, int64_t batch, int64_t head, float *scratch, const int DTYPE) {
-    const int64_t of = head / (a->n_heads / a->n_kv_heads);
-    float *scores = scratch, *q = scores + round_up(a->n_keys, 64), *out = q + round_up(a->head_dim, 64);
-    const uint8_t *mask = a->mask ? a->mask + batch * a->mask_batch + head * a->mask_head : NULL;
-    for (int64_t d = 0; d < a->head_dim; d++) q[d] = float_at(a->q, batch * a->q_batch + head * a->q_head + d, DTYPE);
-    FN(score_keys)(a, q, a->k, batch * a->k_batch + of * a->k_head, scores, DTYPE);
-    const float factor = FN(soften)(a, mask, scores);
-    FN(mix_values)(a, scores, factor, a->v, batch * a->v_batch + of * a->v_head, out, DTYPE);
-    store_floats(a->out, (batch * a->n_heads + head) * a->value_dim, DTYPE, out, a->value_dim);
+/* Up to HEADS heads of one sequence that share their keys. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(attend_as)(const vlmq_attention *a, int64_t task,
+                                                                            float *scratch, const int DTYPE) {
+    const int64_t n_shared = a->n_heads / a->n_kv_heads, n_parts = (n_shared + HEADS - 1) / HEADS;
+    const int64_t of = task / n_parts % a->n_kv_heads, batch = task / n_parts / a->n_kv_heads;
+    const int64_t part = task % n_parts * HEADS, head = of * n_shared + part, n = min_int64(HEADS, n_shared - part);
+    if (n == 1) FN(attend_heads)(a, batch, head, of, scratch, 1, DTYPE);
+    if (n == 2) FN(attend_heads)(a, batch, head, of, scratch, 2, DTYPE);
+    if (n == 3) FN(attend_heads)(a, batch, head, of, scratch, 3, DTYPE);
+    if (n == 4) FN(attend_heads)(a, batch, head, of, scratch, 4, DTYPE);
 }
 
-/* One head of one sequence. */
-VLMQ_TARGET static void FN(attend)(void *attention, int64_t i, int worker) {
+VLMQ_TARGET static void FN(attend)(void *attention, int64_t task, int worker) {
     const vlmq_attention *a = attention;
     float *scratch = (float *)(void *)(a->scratch + worker * a->scratch_bytes);
     if (a->dtype == VLMQ_FLOAT32)
-        FN(attend_head)(a, i / a->n_heads, i % a->n_heads, scratch, VLMQ_FLOAT32);
+        FN(attend_as)(a, task, scratch, VLMQ_FLOAT32);
     else if (a->dtype == VLMQ_BFLOAT16)
-        FN(attend_head)(a, i / a->n_heads, i % a->n_heads, scratch, VLMQ_BFLOAT16);
+        FN(attend_as)(a, task, scratch, VLMQ_BFLOAT16);
     else
-        FN(attend_head)(a, i / a->n_heads, i % a->n_heads, scratch, VLMQ_FLOAT16);
+        FN(attend_as)(a, task, scratch, VLMQ_FLOAT16);
 }

@@ -23,6 +23,9 @@ typedef struct {
     int64_t scratch_bytes;
 } vlmq_job;
 
+/* Heads of queries that are computed together. */
+enum { HEADS = 4 };
+
 /* A call of vlmq_attend; of steps and sizes its header speaks. */
 typedef struct {
     const void *q, *k, *v;
@@ -53,7 +56,7 @@ typedef struct {
     void (*quantize_token)(void *job, int64_t token, int worker);
     void (*multiply_rows)(void *job, int64_t chunk, int worker);
     void (*unpack_rows)(void *job, int64_t chunk, int worker);
-    void (*attend)(void *attention, int64_t head, int worker);
+    void (*attend)(void *attention, int64_t heads, int worker);
     void (*dense)(void *dense_job, int64_t chunk, int worker);
     /* Of n numbers: elementwise.h. */
     void (*norm)(const void *x, const void *weight, float eps, int64_t n, void *out, int dtype);

@@ -194,11 +194,13 @@ int vlmq_attend(const void *q, const void *k, const void *v, const uint8_t *mask
                         .q_head = sizes[7], .k_batch = sizes[8], .k_head = sizes[9], .k_token = sizes[10],
                         .v_batch = sizes[11], .v_head = sizes[12], .v_token = sizes[13], .mask_batch = sizes[14],
                         .mask_head = sizes[15], .scale = scale, .dtype = dtype};
-    int64_t n_tasks = sizes[0] * a.n_heads, n_products = n_tasks * a.n_keys * (a.head_dim + a.value_dim);
+    int64_t n_products = sizes[0] * a.n_heads * a.n_keys * (a.head_dim + a.value_dim);
+    int64_t n_tasks = sizes[0] * a.n_kv_heads * ((a.n_heads / a.n_kv_heads + HEADS - 1) / HEADS);
     n_threads = n_products < MIN_SHARED_PRODUCTS || n_threads < 1 ? 1
                 : n_threads < VLMQ_MAX_THREADS                    ? n_threads
                                                                   : VLMQ_MAX_THREADS;
-    a.scratch_bytes = 4 * (round_up(a.n_keys, 64) + round_up(a.head_dim, 64) + round_up(a.value_dim, 64));
+    int64_t n_floats = round_up(a.n_keys, 64) + round_up(a.head_dim, 64) + round_up(a.value_dim, 64);
+    a.scratch_bytes = HEADS * n_floats * (int64_t)sizeof(float);
     if (posix_memalign((void **)&a.scratch, 64, (size_t)(n_threads * a.scratch_bytes))) return -1;
     share_chunks(isas[isa].kernels->attend, &a, n_tasks, n_threads);
     free(a.scratch);

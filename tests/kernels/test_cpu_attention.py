@@ -31,7 +31,7 @@ def tokens(*sizes, dtype=torch.float32, room=0):
 @pytest.mark.parametrize("dtype", list(EPS))
 @pytest.mark.parametrize("n_keys", [1, 2, 5, 15, 16, 17, 63, 200])
 @pytest.mark.parametrize(
-    ("n_heads", "n_kv", "dim", "value_dim"), [(4, 4, 64, 64), (6, 2, 16, 80), (3, 1, 112, 32)]
+    ("n_heads", "n_kv", "dim", "value_dim"), [(4, 4, 64, 64), (6, 2, 16, 80), (4, 2, 32, 48), (7, 1, 112, 32)]
 )
 def test_attention_is_the_softmax_of_the_products(isa, dtype, n_keys, n_heads, n_kv, dim, value_dim):
     torch.manual_seed(n_keys)
