@@ -28,7 +28,7 @@ class AttentionCode(NamedTuple):
     asks_for_rope: bool = False
 
 
-# Of transformers 5.23; what else has the same words is known too.
+# Of transformers 5.17 to 5.23; what else has the same words is known too.
 LAYER = {"b46efec6f94f05e0"}
 NORM = {"56e5c23eee907c84"}
 MLP = {"ce7ec52c0a4d932e", "3c3c118984893813"}
