@@ -8,6 +8,7 @@ import pytest
 import torch
 from installed import needs_transformers
 from packed_models import auto_class, logits, packed
+from safetensors import safe_open
 from test_grid import on_whole_zeros
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -210,3 +211,17 @@ def test_fused_groups_follow_the_names():
 def test_the_oracle_of_zero_points_is_not_symmetric():
     assert on_whole_zeros("int4-g16").zeros.unique().numel() > 1
     assert parse_scheme("int4-g16").format.has_zero
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llava", "clip_vision_model"), ("gemma3", "siglip_vision_model")]
+)
+def test_a_tower_is_written_by_the_names_of_published_checkpoints(family, kind, tmp_path):
+    model = packed(family, ("int4-sym-g16",), torch.float32)
+    assert model.config.vision_config.model_type == kind
+    export_model(model, "compressed-tensors", tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        tower = [name for name in file.keys() if "vision_tower" in name]  # noqa: SIM118
+    assert any(name.endswith("q_proj.weight_packed") for name in tower)
+    assert any(name.endswith("layer_norm1.weight") for name in tower)
+    assert all("vision_tower.vision_model." in name for name in tower)
