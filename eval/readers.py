@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmq.eval import onnx_reader
+from vlmq.eval import onnx_reader, vllm_reader
 from vlmq.eval.export_models import Packed
 from vlmq.eval.foreign_packers import read_back
 from vlmq.eval.llama_cpp import LlamaCpp
@@ -197,6 +197,11 @@ def read_gptqmodel(packed: Packed, steps: Steps, folder: Path) -> Reading:
         return model.get_submodule(name).dequantize_weight().T
 
     return compare_weights(packed, weight_of, torch.float16) | compare_outputs(model, steps)
+
+
+def read_vllm(packed: Packed, steps: Steps, folder: Path) -> Reading:
+    """vLLM on the CPU in float16, which also adds tokens of its own, and to questions about pictures."""
+    return vllm_reader.compare(packed, steps.rows, steps.starts, N_NEW, folder)
 
 
 def read_onnx(packed: Packed, steps: Steps, folder: Path) -> Reading:
