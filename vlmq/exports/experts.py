@@ -115,7 +115,7 @@ def notes(model: PreTrainedModel) -> list[str]:
         return []
     return [
         f"checkpoints of this family keep the experts of a block in one tensor ({paths[0]!r}), so transformers does "
-        "not find these, which are one by one, and fills its own with random numbers: load the folder in vLLM only"
+        "not find these, which are one by one, and fills its own with random numbers; vLLM does find them"
     ]
 
 
