@@ -151,7 +151,7 @@ def test_foreign_layers_that_a_save_would_merge_are_refused_at_the_load(tmp_path
             tensors |= {f"{name}.{part}": t for part, t in write_layer(grids[name]).items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = config_block(grids, [], dict.fromkeys(grids, ""))
+    config["quantization_config"] = config_block(grids, [], [], {name: name for name in grids})
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         ValueError, match="saves these layers as one tensor.* int8-sym-g16.*; vlmq cannot save it"
