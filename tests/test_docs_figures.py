@@ -199,11 +199,14 @@ def test_models_of_other_packages():
 
 def test_attention_and_prompts():
     measured = json.loads((RESULTS / "decoding.json").read_text())["milliseconds"]
-    table = rows("docs/speed.md", "| | torch | vlmq |")
-    assert len(table) == 5
+    table = rows("docs/speed.md", "| | torch, or own code | vlmq |")
+    assert len(table) == 11
     for name, *cells in table:
-        if name.startswith("attention"):
+        if name.startswith(("attention", "head")):
             expected = [measured[f"{name}: torch"], measured[f"{name}: vlmq"]]
+        elif name.startswith("layer"):
+            layer = name.replace("`", "")
+            expected = [measured[f"{layer}: own code"], measured[f"{layer}: one call"]]
         else:
             tokens, scheme = name.split(", ")
             expected = [measured[f"{tokens}: torch"], measured[f"{tokens}: {scheme.strip('`')}"]]
