@@ -133,7 +133,8 @@ class Decoder:
             and x.dtype == dtype
             and x.is_cpu
             and x.is_contiguous()
-            and (turn is None or all(_is_turn(t, n_batch, head_dim, dtype) for t in turn))
+            and (turn is None or turn[0].shape == turn[1].shape)
+            and all(_is_turn(t, n_batch, head_dim, dtype) for t in turn or ())
             and all(_is_room(t, n_batch, n_kv_heads, head_dim, dtype, n_past) for t in (keys, values))
             and (mask is None or is_plain_mask(mask, n_batch, n_heads, n_past + 1))
         )

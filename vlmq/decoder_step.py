@@ -16,14 +16,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from transformers import DynamicCache
 
 from vlmq.decoding_attention import CHANGING, NAME
 from vlmq.growing_cache import GrowingLayer
 from vlmq.kernels.cpu import BoundLayer
-from vlmq.kernels.decoder import Decoder, Norm, Sizes, why_not
+from vlmq.kernels.decoder import N_LAYERS, Decoder, Norm, Sizes, why_not
 from vlmq.kernels.ops import runs_plainly
-from vlmq.known_code import attention_code
+from vlmq.known_code import AttentionCode, attention_code
 from vlmq.linear import QuantLinear
 
 ATTENTION_LAYERS = "q_proj", "k_proj", "v_proj", "o_proj"
@@ -46,6 +47,7 @@ class DecoderStep:
         self._modules: tuple[nn.Module | None, ...] = ()
         self._places: list[tuple[int, int]] = []
         self._decoder: Decoder | None = None
+        self._turns_always = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DecoderStep, (self.layer,)  # addresses mean nothing in a copy
@@ -76,6 +78,8 @@ class DecoderStep:
             or attention.config._attn_implementation != NAME
             or any(kwargs.get(name) is not None for name in CHANGING)
             or any(module is not None and _is_changed(module) for module in modules)
+            or module_hooks._global_forward_hooks
+            or module_hooks._global_forward_pre_hooks
             or len(past_key_values.layers) <= attention.layer_idx
         ):
             return None
@@ -84,7 +88,10 @@ class DecoderStep:
         if decoder is None or room is None:
             return None
         keys, values, n_past = room
-        turn = position_embeddings if getattr(attention, "use_rope", True) else None
+        turns = self._turns_always or attention.use_rope
+        turn = position_embeddings if turns else None
+        if turns and turn is None:
+            return None  # the layer's own code says what is missing
         if not decoder.takes(x, turn, keys, values, attention_mask, n_past):
             return None
         out = decoder(x, turn, keys, values, attention_mask, n_past)
@@ -98,7 +105,9 @@ class DecoderStep:
             return None
         places = [(part.data_ptr(), part.nbytes) for part in parts if part is not None]
         if modules != self._modules or places != self._places:
-            self._decoder = _make_decoder(self.layer, modules, x)
+            code = attention_code(self.layer)
+            self._decoder = None if code is None else _make_decoder(code, modules, x)
+            self._turns_always = code is None or not code.asks_for_rope
             self._modules, self._places = modules, places
         return self._decoder
 
@@ -126,11 +135,11 @@ def _is_changed(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _make_decoder(layer: nn.Module, modules: tuple[nn.Module | None, ...], x: Tensor) -> Decoder | None:
-    code, attention = attention_code(layer), cast(Any, modules[0])
+def _make_decoder(code: AttentionCode, modules: tuple[nn.Module | None, ...], x: Tensor) -> Decoder | None:
+    attention = cast(Any, modules[0])
     linear = [m for m in modules[6:13] if isinstance(m, QuantLinear)]
     bound = [b for m in linear if isinstance(b := m.bound_to(x), BoundLayer)]
-    if code is None or len(bound) < 7 or attention.head_dim < 1:
+    if len(bound) < len(linear) or len(linear) < N_LAYERS or attention.head_dim < 1:
         return None
     norms = [_norm_of(m) for m in modules[2 : 6 if code.has_norms else 4]]
     norms += [None] * (4 - len(norms))

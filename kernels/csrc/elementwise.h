@@ -17,7 +17,7 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(put)(void *arra
     if (DTYPE == VLMQ_FLOAT16) ((uint16_t *)array)[i] = float16_of_float(value);
 }
 
-/* out = weight * (x / sqrt(mean of x^2 + eps)), n numbers; weight may be NULL. */
+/* out = weight * (x / sqrt(mean of x^2 + eps)), n numbers. */
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(norm_as)(const void *x, const void *weight, float eps,
                                                                           int64_t n, void *out, const int DTYPE) {
     float sums[16] = {0}, sum = 0.0f;

@@ -159,6 +159,7 @@ def test_number_of_threads_does_not_change_a_bit():
         lambda x, t, k, v, m, n: (x.repeat(1, 1, 2)[..., ::2], t, k, v, m, n),
         lambda x, t, k, v, m, n: (x.to("meta"), t, k, v, m, n),
         lambda x, t, k, v, m, n: (x, (t[0][..., :-2], t[1][..., :-2]), k, v, m, n),
+        lambda x, t, k, v, m, n: (x, (t[0], t[1][:1]), k, v, m, n),
         lambda x, t, k, v, m, n: (x, (t[0].double(), t[1].double()), k, v, m, n),
         lambda x, t, k, v, m, n: (x, t, k[:1], v, m, n),
         lambda x, t, k, v, m, n: (x, t, k, v[..., :-16], m, n),
