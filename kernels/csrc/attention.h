@@ -2,9 +2,9 @@
  *
  *     out[h] = sum_t p[t] v[t],    p = softmax over t of scale * (q[h] . k[t]),    t not masked
  *
- * for each head h of queries, whose keys and values are those of head h / (heads of queries per head of keys). Up to four
- * heads that share theirs are computed together, so that what is read serves all. All is in float32 and rounded once;
- * which thread has which heads changes nothing.
+ * for each head h of queries, whose keys and values are those of head h / (heads of queries per head of keys). Up to
+ * four heads that share theirs are computed together, so that what is read serves all. All is in float32 and rounded
+ * once; which thread has which heads changes nothing.
  */
 
 #define LANES (WIDTH / 4)

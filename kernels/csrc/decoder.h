@@ -18,8 +18,8 @@ static int multiply(const vlmq_decoder *d, int first, int n, void *const *ys, co
     return failed;
 }
 
-/* Norm and turn the heads of one token, with a norm and a turn or without: `heads` into `out`, one `step` elements after
- * the other, by way of `spare`, a head. No kernel writes where it reads. */
+/* Norm and turn the heads of one token, with a norm and a turn or without: `heads` into `out`, one `step` elements
+ * after the other, by way of `spare`, a head. No kernel writes where it reads. */
 static void place_heads(const vlmq_decoder *d, const vlmq_decoding *c, int norm, const uint8_t *turn,
                         const uint8_t *heads, int64_t n_heads, uint8_t *spare, uint8_t *out, int64_t step) {
     const vlmq_kernels *kernels = isas[d->isa].kernels;

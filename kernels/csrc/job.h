@@ -51,7 +51,8 @@ typedef struct {
     int dtype;
 } vlmq_dense_job;
 
-/* What an instruction set offers: each takes a vlmq_job (or a vlmq_attention, or a vlmq_dense_job), a chunk and the worker's number. */
+/* What an instruction set offers. The first take a vlmq_job (or a vlmq_attention, or a vlmq_dense_job), a chunk and the
+ * worker's number. */
 typedef struct {
     void (*quantize_token)(void *job, int64_t token, int worker);
     void (*multiply_rows)(void *job, int64_t chunk, int worker);
