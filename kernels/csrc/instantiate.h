@@ -1,6 +1,7 @@
 /* One set of kernels for the instruction set whose operations are defined now; then forget these. */
 #include "tokens.h"
 #include "unpack.h"
+#include "vectors.h"
 #include "kernel.h"
 #include "attention.h"
 #include "dense.h"
@@ -25,8 +26,6 @@
 #undef HALVES
 #undef BFLOATS
 #undef BYTES
-#undef PICK_ONE
-#undef GROUPS
 #undef BIT_STEPS
 #undef NO_SUMS
 #undef DOT
@@ -50,3 +49,15 @@
 #undef DEFINE_SWEEP
 #undef ADD_PRODUCTS
 #undef PAIR_OF
+#undef BIT_STEP
+#undef GFNI
+#undef AFFINE
+#undef HAS_ODD_UP
+#undef ODD_DOWN
+#undef IN_ONE_BLOCK
+#undef LOADED_ONCE
+#undef FIRST_BLOCK
+#undef X_SCALES
+#undef BOTH
+#undef WEIGHT_SCALES
+#undef X_SCALES_OF_BLOCK

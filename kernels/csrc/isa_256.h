@@ -6,22 +6,39 @@
 #define pick_t __m256i
 
 #define LOAD(p) _mm256_loadu_si256((const void *)(p))
-#define LOAD_BITS(p)                                                                   \
-    _mm256_srlv_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p))), \
-                      _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4))
 #define PART(v)                                                                                                \
     _mm256_shuffle_epi8(                                                                                       \
         v, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)))
+#ifdef GFNI
+/* The bits of a byte that `mask` shows after a shift down, as a product with a matrix of bits, whose first row is its
+ * highest byte. */
+#define AFFINE(shift, mask)                                                                                  \
+    ((int64_t)(((1ull & (mask)) << 56 | (2ull & (mask)) << 48 | (4ull & (mask)) << 40 | (8ull & (mask)) << 32) \
+               << (shift)))
+#define AND_SHIFT(v, shift, mask)                                                            \
+    ((shift) ? _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(AFFINE(shift, mask)), 0) \
+             : _mm256_and_si256(v, _mm256_set1_epi8(mask)))
+#define LOAD_BITS(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p)))
+#define BIT_STEP(v, shift, mask)                                                                                     \
+    _mm256_gf2p8affine_epi64_epi8(v, _mm256_setr_epi64x(AFFINE(shift, mask), AFFINE(shift, mask),                    \
+                                                        AFFINE((shift) + 4, mask), AFFINE((shift) + 4, mask)), 0)
+#else
+#define LOAD_BITS(p)                                                                   \
+    _mm256_srlv_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p))), \
+                      _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4))
 #define AND_SHIFT(v, shift, mask) \
     _mm256_and_si256((shift) ? _mm256_srli_epi32(v, shift) : (v), _mm256_set1_epi8(mask))
+#endif
+/* A compiler would rather read memory again for each step. */
+#define LOADED_ONCE(v) __asm__("" : "+x"(v))
 #define TABLE(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p)))
 #define LOOK_UP(table, v) _mm256_shuffle_epi8(table, v)
 #define LOAD_X(p) LOAD(p)
 #define NO_SUMS _mm256_setzero_si256()
 #define LOAD_PICK(p) LOAD(p)
 #define PICK(scales, pick, first) \
-    _mm256_permutevar8x32_ps((scales)[0], _mm256_add_epi32(pick, _mm256_set1_epi32(first)))
-#define PICK_ONE(scales, i) _mm256_permutevar8x32_ps((scales)[0], _mm256_set1_epi32(i))
+    _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), _mm256_add_epi32(pick, _mm256_set1_epi32(first)))
+#define BOTH(p, q, bits) SAME(*(p))
 #define LOAD_FLOATS(p) _mm256_loadu_ps((const void *)(p))
 #define STORE_FLOATS(p, f) _mm256_storeu_ps(p, f)
 #define SAME(f) _mm256_set1_ps(f)

@@ -19,10 +19,9 @@
 #define NO_SUMS vdupq_n_s32(0)
 #define FLOATS_OF(sums) vcvtq_f32_s32(sums)
 #define LOAD_PICK(p) (p)
-#define PICK(scales, pick, first)                                         \
-    vcombine_f32(vld1_dup_f32((const float *)(scales) + (first) + (pick)[0]), \
-                 vld1_dup_f32((const float *)(scales) + (first) + (pick)[2]))
-#define PICK_ONE(scales, i) vld1q_dup_f32((const float *)(scales) + (i))
+#define PICK(scales, pick, first) \
+    vcombine_f32(vld1_dup_f32((scales) + (first) + (pick)[0]), vld1_dup_f32((scales) + (first) + (pick)[2]))
+#define BOTH(p, q, bits) SAME(*(p))
 #define LOAD_FLOATS(p) vld1q_f32((const float *)(const void *)(p))
 #define STORE_FLOATS(p, f) vst1q_f32(p, f)
 #define SAME(f) vdupq_n_f32(f)

@@ -18,6 +18,8 @@
     _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)))
 #define AND_SHIFT(v, shift, mask) \
     _mm512_and_si512((shift) ? _mm512_srli_epi32(v, shift) : (v), _mm512_set1_epi8(mask))
+/* A compiler would rather read memory again for each step. */
+#define LOADED_ONCE(v) __asm__("" : "+v"(v))
 #define TABLE(p) _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p)))
 #define LOOK_UP(table, v) _mm512_shuffle_epi8(table, v)
 #define LOAD_X(p) LOAD(p)
@@ -26,8 +28,8 @@
 #define FLOATS_OF(sums) _mm512_cvtepi32_ps(sums)
 #define LOAD_PICK(p) _mm512_loadu_si512(p)
 #define PICK(scales, pick, first) \
-    _mm512_permutexvar_ps(_mm512_add_epi32(pick, _mm512_set1_epi32(first)), (scales)[0])
-#define PICK_ONE(scales, i) _mm512_permutexvar_ps(_mm512_set1_epi32(i), (scales)[0])
+    _mm512_permutexvar_ps(_mm512_add_epi32(pick, _mm512_set1_epi32(first)), _mm512_loadu_ps(scales))
+#define BOTH(p, q, bits) _mm512_mask_broadcastss_ps(SAME(*(p)), (bits) == 1 ? 0xf0f0 : 0xff00, _mm_load_ss(q))
 #define LOAD_FLOATS(p) _mm512_loadu_ps((const void *)(p))
 #define STORE_FLOATS(p, f) _mm512_storeu_ps(p, f)
 #define SAME(f) _mm512_set1_ps(f)

@@ -75,8 +75,8 @@ static inline portable_floats portable_floats_of(portable_halves sums) {
     return __builtin_convertvector(both, portable_floats);
 }
 
-static inline portable_floats portable_pick(const portable_floats *scales, int low, int high) {
-    float a = scales[low / 4][low % 4], b = scales[high / 4][high % 4];
+static inline portable_floats portable_pick(const float *scales, const int32_t *pick) {
+    float a = scales[pick[0]], b = scales[pick[2]];
     return (portable_floats){a, a, b, b};
 }
 
@@ -91,8 +91,8 @@ static inline portable_floats portable_pick(const portable_floats *scales, int l
 #define DOT(sums, codes, x) portable_dot(sums, codes, x)
 #define FLOATS_OF(sums) portable_floats_of(sums)
 #define LOAD_PICK(p) (p)
-#define PICK(scales, pick, first) portable_pick(scales, (first) + (pick)[0], (first) + (pick)[2])
-#define PICK_ONE(scales, i) portable_pick(scales, i, i)
+#define PICK(scales, pick, first) portable_pick((scales) + (first), pick)
+#define BOTH(p, q, bits) SAME(*(p))
 #define LOAD_FLOATS(p) portable_load_floats(p)
 #define STORE_FLOATS(p, f) portable_store_floats(p, f)
 #define SAME(f) ((portable_floats){f, f, f, f})

@@ -1,124 +1,8 @@
-/* The product of a few rows and a few tokens. Included once for each instruction set.
- *
- * From an isa_*.h come: VLMQ_TARGET, FN, WIDTH and the types and operations
- *
- *     bytes_t, plane_t, sums_t, floats_t      a vector of stored bytes, of codes, of sums, of WIDTH / 4 floats
- *     table_t, pick_t                         the table of a term; which scales
- *     LOAD(p), LOAD_BITS(p)                   WIDTH bytes; the repeated load of one bit (see plan.h)
- *     PART(v)                                 even bytes of each 16 first
- *     AND_SHIFT(v, shift, mask), LOOK_UP(table, v), TABLE(p)
- *     LOAD_X(p), DOT(sums, codes, x), NO_SUMS, FLOATS_OF(sums)
- *     HALVES(p), BFLOATS(p), BYTES(p)         WIDTH / 4 numbers in float16, bfloat16 or in bytes, as floats
- *     LOAD_PICK(p), LOAD_FLOATS(p), STORE_FLOATS(p, f), SAME(f), TIMES(a, b), MINUS(a, b), TIMES_PLUS(a, b, c)
- *     FEW_HALVES(p, n), FEW_BYTES(p, n)       fewer of them, zeros after them; nothing is read beyond (optional)
- *     PICK(scales, pick, first), PICK_ONE(scales, i)  scales `pick` on from `first`; one for all sums
- *     FOUR_TOTALS(p, a, b, c, d)              the sum of each of four vectors
- *     WIDE_DOT                                if DOT takes codes of 8 bits
+/* The product of a few rows and a few tokens, of vectors.h. Included once for each instruction set.
  *
  * For one row and one token the operations and their order are always the same: neither the number of threads nor
  * the rows and tokens beside it change a bit of the result.
  */
-
-/* What a sweep meets in every row: where its vectors begin and how they go on. */
-typedef struct {
-    const uint8_t *x, *x_scales, *tail_x, *tail_scale; /* of the first token */
-    const int32_t *first_group;
-    int64_t n_vectors, run, load_bytes, n_tail_vectors, tail_stride; /* run: vectors of GROUPS groups */
-    int32_t n_tail_spans, tail_group;                                /* the tail's first group within its run */
-    int64_t codes, tail_codes, token_bytes; /* bytes into a row, into a token's image */
-    table_t table;
-    pick_t pick[MAX_UNITS];
-} FN(view);
-
-VLMQ_TARGET static inline __attribute__((always_inline)) FN(view) FN(view_of)(
-    const vlmq_plan *plan, const vlmq_sweep *sweep, const uint8_t *images, const int UNITS) {
-    FN(view) view;
-    view.x = images + sweep->x, view.x_scales = images + sweep->x_scales;
-    view.tail_x = images + sweep->tail_x, view.tail_scale = images + plan->tail_scale;
-    view.first_group = sweep->first_group;
-    view.n_vectors = sweep->n_vectors, view.load_bytes = sweep->load_bytes;
-    view.run = sweep->run, view.n_tail_vectors = sweep->n_tail_vectors, view.tail_stride = sweep->tail_x_stride;
-    view.n_tail_spans = (int32_t)plan->n_tail_spans, view.tail_group = (int32_t)(plan->tail_span % plan->run_groups);
-    view.codes = sweep->offset, view.tail_codes = sweep->tail_offset, view.token_bytes = plan->token_bytes;
-    view.table = TABLE(sweep->table);
-    for (int u = 0; u < UNITS; u++) view.pick[u] = LOAD_PICK(sweep->pick[u]);
-    return view;
-}
-
-/* Take apart the vector of codes at `p` into its steps. */
-#define UNPACK_VECTOR(plane, p)                                                                              \
-    do {                                                                                                     \
-        bytes_t raw = PART(BITS == 1 ? LOAD_BITS(p) : LOAD(p));                                              \
-        for (int s = 0; s < STEPS; s++) {                                                                    \
-            int shift = BITS < 8 ? BITS * s : VARIANT == 1 ? 4 : 0;                                          \
-            plane[s] = AND_SHIFT(raw, shift, BITS < 8 ? (1 << BITS) - 1 : VARIANT == WHOLE ? 255 : 15);      \
-            if (VARIANT && BITS != 8) plane[s] = LOOK_UP(view->table, plane[s]);                             \
-        }                                                                                                    \
-    } while (0)
-
-/* Scales of a run of groups, as many as vectors never straddle. */
-#define GROUPS (WIDTH == 32 ? 8 : 16)
-typedef struct {
-    floats_t part[GROUPS / (WIDTH / 4)];
-} FN(scales);
-
-/* Add the products of steps FROM .. TO - 1 of a vector to the total of row r and token t. */
-#define ADD_PRODUCTS(x, FROM, TO, x_scale, scale)                                                            \
-    do {                                                                                                     \
-        sums_t products = NO_SUMS;                                                                           \
-        for (int s = FROM; s < TO; s++)                                                                      \
-            products = DOT(products, plane[s], LOAD_X((x) + t * view->token_bytes + s * WIDTH));             \
-        floats_t scaled = LOAD_FLOATS((x_scale) + t * view->token_bytes), *sum = &total[r * N_TOKENS + t];   \
-        *sum = IS_CHANNEL ? TIMES_PLUS(FLOATS_OF(products), scaled, *sum)                                    \
-                          : TIMES_PLUS(TIMES(FLOATS_OF(products), scaled), scale, *sum);                     \
-    } while (0)
-
-/* Vectors `first` to `end` of N_ROWS rows and N_TOKENS tokens: total[r, t] gains the products of codes and x, scaled
- * unless IS_CHANNEL. */
-VLMQ_TARGET static inline __attribute__((always_inline)) void FN(add_vectors)(
-    const FN(view) *view, int64_t first, int64_t end, const uint8_t *codes, int64_t codes_step,
-    const FN(scales) *scales, int64_t image, floats_t *total, const int BITS, const int STEPS, const int UNITS,
-    const int VARIANT, const int IS_CHANNEL, const int N_ROWS, const int N_TOKENS) {
-    const uint8_t *x = view->x + image + first * STEPS * WIDTH, *x_scales = view->x_scales + image + first * WIDTH;
-    const uint8_t *at = codes + view->codes + first * view->load_bytes;
-    for (int64_t v = first; v < end; v++, x += STEPS * WIDTH, x_scales += WIDTH, at += view->load_bytes) {
-        const int32_t group = IS_CHANNEL ? 0 : view->first_group[v];
-#pragma GCC unroll 4
-        for (int r = 0; r < N_ROWS; r++) {
-            plane_t plane[8];
-            __builtin_prefetch(at + r * codes_step + PREFETCH_BYTES);
-            UNPACK_VECTOR(plane, at + r * codes_step);
-#pragma GCC unroll 4
-            for (int u = 0; u < UNITS; u++) {
-                floats_t scale = IS_CHANNEL ? SAME(0.0f) : PICK(scales[r].part, view->pick[u], group);
-#pragma GCC unroll 4
-                for (int t = 0; t < N_TOKENS; t++)
-                    ADD_PRODUCTS(x, u * STEPS / UNITS, (u + 1) * STEPS / UNITS, x_scales, scale);
-            }
-        }
-    }
-}
-
-/* The same for the shorter block. */
-VLMQ_TARGET static inline __attribute__((always_inline)) void FN(add_tail)(
-    const FN(view) *view, const uint8_t *codes, int64_t codes_step, const FN(scales) *scales, int64_t image,
-    floats_t *total, const int BITS, const int STEPS, const int VARIANT, const int IS_CHANNEL, const int N_ROWS,
-    const int N_TOKENS) {
-    const uint8_t *x = view->tail_x + image, *at = codes + view->tail_codes;
-    for (int64_t v = 0; v < view->n_tail_vectors; v++, x += STEPS * WIDTH, at += view->load_bytes) {
-        for (int32_t g = 0; g < view->n_tail_spans; g++) {
-#pragma GCC unroll 4
-            for (int r = 0; r < N_ROWS; r++) {
-                plane_t plane[8];
-                UNPACK_VECTOR(plane, at + r * codes_step);
-                floats_t scale = IS_CHANNEL ? SAME(0.0f) : PICK_ONE(scales[r].part, view->tail_group + g);
-#pragma GCC unroll 4
-                for (int t = 0; t < N_TOKENS; t++)
-                    ADD_PRODUCTS(x + g * view->tail_stride, 0, STEPS, view->tail_scale + image, scale);
-            }
-        }
-    }
-}
 
 /* WIDTH / 4 float16 numbers, or fewer with zeros after them, `stride` apart. */
 VLMQ_TARGET static __attribute__((noinline)) floats_t FN(halves_apart)(const uint16_t *p, int64_t n, int64_t stride) {
@@ -141,7 +25,7 @@ VLMQ_TARGET static __attribute__((noinline)) floats_t FN(few_bytes)(const uint8_
 typedef struct {
     const uint16_t *halves; /* of the first row and the sweep's term */
     const uint8_t *bytes;   /* or NULL */
-    const uint8_t *x_sums;  /* of the first token */
+    const uint8_t *x_scales, *x_sums; /* of the first token */
     int64_t n_groups, n_terms;
     float first, zero_step, factor, pair_factor; /* pair_factor: of the sweep that follows, over factor */
 } FN(groups);
@@ -154,22 +38,22 @@ VLMQ_TARGET static inline __attribute__((always_inline)) FN(groups) FN(groups_of
     groups.pair_factor = PAIR ? sweep[1].factor / sweep->factor : 0.0f;
     groups.halves = job->layer->scales + row * groups.n_groups * groups.n_terms + sweep->term;
     groups.bytes = plan->format.has_zero ? job->layer->zeros + row * groups.n_groups : NULL;
-    groups.x_sums = job->images + plan->span_sums;
+    groups.x_scales = job->images + plan->span_scales, groups.x_sums = job->images + plan->span_sums;
     return groups;
 }
 
-/* GROUPS groups from g on of N_ROWS rows: their scales; and sums[r, t] gains what the centres of the levels add,
- * scale * (first - zero) * (sum of x). */
+/* At most N_GROUPS groups from g on of N_ROWS rows: their scales, times those of x if there is one token; and
+ * sums[r, t] gains what the centres of the levels add, scale * (first - zero) * (sum of x). */
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(read_scales)(
     const FN(groups) *groups, int64_t row, int64_t g, FN(scales) *scales, int64_t image, int64_t token_bytes,
-    floats_t *sums, const int N_ROWS, const int N_TOKENS) {
+    floats_t *sums, const int N_GROUPS, const int N_ROWS, const int N_TOKENS) {
     const int64_t n_groups = groups->n_groups, n_terms = groups->n_terms;
     const floats_t first = SAME(groups->first), zero_step = SAME(groups->zero_step);
 #pragma GCC unroll 4
-    for (int i = 0; i < GROUPS / (WIDTH / 4); i++, g += WIDTH / 4) {
+    for (int i = 0; i < N_GROUPS; i += WIDTH / 4, g += WIDTH / 4) {
         const int64_t n_here = n_groups - g;
         const int is_whole = n_here >= WIDTH / 4;
-        const uint8_t *x_sums = groups->x_sums + image + g * 4;
+        const uint8_t *x_scales = groups->x_scales + image + g * 4, *x_sums = groups->x_sums + image + g * 4;
         if (n_here <= 0) break;
 #pragma GCC unroll 4
         for (int r = 0; r < N_ROWS; r++) {
@@ -181,7 +65,7 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(read_scales)(
                 scale = FN(halves_apart)(halves, n_here, n_terms);
             else
                 scale = is_whole ? HALVES(halves) : FEW_HALVES(halves, n_here);
-            scales[r].part[i] = scale;
+            STORE_FLOATS(scales[r].of + i, N_TOKENS > 1 ? scale : TIMES(scale, LOAD_FLOATS(x_scales)));
             if (groups->bytes) {
                 const uint8_t *bytes = groups->bytes + at;
                 __builtin_prefetch(bytes + PREFETCH_GROUPS);
@@ -197,14 +81,27 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(read_scales)(
     }
 }
 
+/* The same of long runs, apart from the loop over the codes, which needs all registers. */
+VLMQ_TARGET static __attribute__((noinline)) void FN(read_rows)(
+    const FN(groups) *groups, int64_t row, int64_t g, FN(scales) *scales, int64_t image, int64_t token_bytes,
+    floats_t *sums) {
+    FN(read_scales)(groups, row, g, scales, image, token_bytes, sums, LONG_RUN, ROWS, 1);
+}
+
+VLMQ_TARGET static __attribute__((noinline)) void FN(read_row)(
+    const FN(groups) *groups, int64_t row, int64_t g, FN(scales) *scales, int64_t image, int64_t token_bytes,
+    floats_t *sums) {
+    FN(read_scales)(groups, row, g, scales, image, token_bytes, sums, LONG_RUN, 1, TOKENS);
+}
+
 #if WIDTH == 16
 #define BIT_STEPS 8
 #else
 #define BIT_STEPS 4
 #endif
 
-/* BITS and STEPS of a sweep that follows: the third bit, or the high nibble. */
-#define PAIR_OF(BITS) ((BITS) == 2 ? 1 : 8), ((BITS) == 2 ? BIT_STEPS : 1)
+/* BITS, STEPS and UNITS of a sweep that follows: the third bit, or the high nibble. */
+#define PAIR_OF(BITS) ((BITS) == 2 ? 1 : 8), ((BITS) == 2 ? BIT_STEPS : 1), (UNITS ? PAIR : 0)
 
 /* N_ROWS rows from `row` on, whose codes begin at `codes`, and the N_TOKENS tokens at `image`: y[r, t] is the total of
  * sums[r, t]. `pair` is the view of the sweep that follows, if PAIR. */
@@ -215,22 +112,27 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
     floats_t total[ROWS], more[ROWS];
     FN(scales) scales[ROWS];
     for (int i = 0; i < N_ROWS * N_TOKENS; i++) total[i] = more[i] = sums[i] = SAME(0.0f);
+    const int N_GROUPS = WIDTH != 32 ? 16 : UNITS ? 8 : LONG_RUN;
     int64_t g = 0, v = 0, w = 0;
     do {
-        if (!IS_CHANNEL) FN(read_scales)(groups, row, g, scales, image, view->token_bytes, sums, N_ROWS, N_TOKENS);
+        if (!IS_CHANNEL && N_GROUPS < LONG_RUN)
+            FN(read_scales)(groups, row, g, scales, image, view->token_bytes, sums, N_GROUPS, N_ROWS, N_TOKENS);
+        else if (!IS_CHANNEL)
+            (N_ROWS > 1 ? FN(read_rows) : FN(read_row))(groups, row, g, scales, image, view->token_bytes, sums);
         const int64_t end = min_int64(v + view->run, view->n_vectors);
         const int64_t pair_end = min_int64(w + pair->run, pair->n_vectors);
         FN(add_vectors)(view, v, end, codes, codes_step, scales, image, total, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL,
                         N_ROWS, N_TOKENS);
         if (PAIR)
-            FN(add_vectors)(pair, w, pair_end, codes, codes_step, scales, image, more, PAIR_OF(BITS), PAIR, BITS == 8,
+            FN(add_vectors)(pair, w, pair_end, codes, codes_step, scales, image, more, PAIR_OF(BITS), BITS == 8,
                             IS_CHANNEL, N_ROWS, N_TOKENS);
-        g += GROUPS, v = end, w = pair_end;
+        g += N_GROUPS, v = end, w = pair_end;
     } while (g < groups->n_groups);
-    FN(add_tail)(view, codes, codes_step, scales, image, total, BITS, STEPS, VARIANT, IS_CHANNEL, N_ROWS, N_TOKENS);
+    FN(add_tail)(view, codes, codes_step, scales, image, total, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, N_ROWS,
+                 N_TOKENS);
     if (PAIR)
-        FN(add_tail)(pair, codes, codes_step, scales, image, more, PAIR_OF(BITS), BITS == 8, IS_CHANNEL, N_ROWS,
-                     N_TOKENS);
+        FN(add_tail)(pair, codes, codes_step, scales, image, more, PAIR_OF(BITS), BITS == 8, IS_CHANNEL,
+                     N_ROWS, N_TOKENS);
     for (int r = 0; r < N_ROWS; r++) {
         const float scale = IS_CHANNEL ? float_of_float16(groups->halves[(row + r) * groups->n_terms]) : 1.0f;
         const float zero = IS_CHANNEL && groups->bytes ? (float)groups->bytes[row + r] * groups->zero_step : 0.0f;
@@ -304,12 +206,18 @@ typedef struct {
     }                                                                                                             \
     static const FN(sweeps) FN(NAME) = {FN(NAME##_fours), FN(NAME##_ones)};
 
-DEFINE_SWEEP(channel_1, 1, BIT_STEPS, 1, 0, 1, 0)
-DEFINE_SWEEP(channel_2, 2, 4, 1, 0, 1, 0)
-DEFINE_SWEEP(channel_3, 2, 4, 1, 0, 1, 1)
-DEFINE_SWEEP(channel_4, 4, 2, 1, 0, 1, 0)
-DEFINE_SWEEP(channel_look_up_2, 2, 4, 1, 1, 1, 0)
-DEFINE_SWEEP(channel_look_up_4, 4, 2, 1, 1, 1, 0)
+DEFINE_SWEEP(channel_1, 1, BIT_STEPS, 0, 0, 1, 0)
+DEFINE_SWEEP(channel_2, 2, 4, 0, 0, 1, 0)
+DEFINE_SWEEP(channel_3, 2, 4, 0, 0, 1, 1)
+DEFINE_SWEEP(channel_4, 4, 2, 0, 0, 1, 0)
+DEFINE_SWEEP(channel_look_up_2, 2, 4, 0, 1, 1, 0)
+DEFINE_SWEEP(channel_look_up_4, 4, 2, 0, 1, 1, 0)
+DEFINE_SWEEP(sweep_1_0, 1, BIT_STEPS, 0, 0, 0, 0)
+DEFINE_SWEEP(sweep_2_0, 2, 4, 0, 0, 0, 0)
+DEFINE_SWEEP(sweep_3_0, 2, 4, 0, 0, 0, 1)
+DEFINE_SWEEP(sweep_4_0, 4, 2, 0, 0, 0, 0)
+DEFINE_SWEEP(look_up_2_0, 2, 4, 0, 1, 0, 0)
+DEFINE_SWEEP(look_up_4_0, 4, 2, 0, 1, 0, 0)
 DEFINE_SWEEP(sweep_1_1, 1, BIT_STEPS, 1, 0, 0, 0)
 DEFINE_SWEEP(sweep_1_2, 1, BIT_STEPS, 2, 0, 0, 0)
 DEFINE_SWEEP(sweep_2_1, 2, 4, 1, 0, 0, 0)
@@ -332,11 +240,13 @@ DEFINE_SWEEP(look_up_2_4, 2, 4, 4, 1, 0, 0)
 DEFINE_SWEEP(look_up_4_1, 4, 2, 1, 1, 0, 0)
 DEFINE_SWEEP(look_up_4_2, 4, 2, 2, 1, 0, 0)
 #ifdef WIDE_DOT
-DEFINE_SWEEP(channel_8, 8, 1, 1, WHOLE, 1, 0)
-DEFINE_SWEEP(sweep_8, 8, 1, 1, WHOLE, 0, 0)
+DEFINE_SWEEP(channel_8, 8, 1, 0, WHOLE, 1, 0)
+DEFINE_SWEEP(sweep_8_0, 8, 1, 0, WHOLE, 0, 0)
+DEFINE_SWEEP(sweep_8_1, 8, 1, 1, WHOLE, 0, 0)
 #else
-DEFINE_SWEEP(channel_8, 8, 1, 1, 0, 1, 1)
-DEFINE_SWEEP(sweep_8, 8, 1, 1, 0, 0, 1)
+DEFINE_SWEEP(channel_8, 8, 1, 0, 0, 1, 1)
+DEFINE_SWEEP(sweep_8_0, 8, 1, 0, 0, 0, 1)
+DEFINE_SWEEP(sweep_8_1, 8, 1, 1, 0, 0, 1)
 #endif
 
 static const FN(sweeps) *FN(channel_sweeps_of)(const vlmq_plan *plan) {
@@ -356,15 +266,19 @@ static const FN(sweeps) *FN(sweeps_of)(const vlmq_plan *plan) {
 #if WIDTH == 16
         if (n == 4) return &FN(sweep_1_4);
 #endif
-        return n == 1 ? &FN(sweep_1_1) : &FN(sweep_1_2);
+        return n == 0 ? &FN(sweep_1_0) : n == 1 ? &FN(sweep_1_1) : &FN(sweep_1_2);
     case 2:
-        if (looks_up) return n == 1 ? &FN(look_up_2_1) : n == 2 ? &FN(look_up_2_2) : &FN(look_up_2_4);
-        return n == 1 ? &FN(sweep_2_1) : n == 2 ? &FN(sweep_2_2) : &FN(sweep_2_4);
-    case 3: return n == 1 ? &FN(sweep_3_1) : n == 2 ? &FN(sweep_3_2) : &FN(sweep_3_4);
+        if (looks_up && n < 2) return n == 0 ? &FN(look_up_2_0) : &FN(look_up_2_1);
+        if (looks_up) return n == 2 ? &FN(look_up_2_2) : &FN(look_up_2_4);
+        if (n < 2) return n == 0 ? &FN(sweep_2_0) : &FN(sweep_2_1);
+        return n == 2 ? &FN(sweep_2_2) : &FN(sweep_2_4);
+    case 3:
+        if (n < 2) return n == 0 ? &FN(sweep_3_0) : &FN(sweep_3_1);
+        return n == 2 ? &FN(sweep_3_2) : &FN(sweep_3_4);
     case 4:
-        if (looks_up) return n == 1 ? &FN(look_up_4_1) : &FN(look_up_4_2);
-        return n == 1 ? &FN(sweep_4_1) : &FN(sweep_4_2);
-    default: return &FN(sweep_8);
+        if (looks_up) return n == 0 ? &FN(look_up_4_0) : n == 1 ? &FN(look_up_4_1) : &FN(look_up_4_2);
+        return n == 0 ? &FN(sweep_4_0) : n == 1 ? &FN(sweep_4_1) : &FN(sweep_4_2);
+    default: return n == 0 ? &FN(sweep_8_0) : &FN(sweep_8_1);
     }
 }
 

@@ -1,11 +1,11 @@
 /* The plan of a layer: in which order a kernel meets the codes, and so how the activations must lie.
  *
- * A vector of W bytes (64, 32 or 16) is loaded from a row, and the even and odd bytes of each 16 are parted:
- * low bytes of the 16-bit lanes first, high bytes after them. Shifted by b s and masked, it gives step s: one
- * code in each byte, multiplied with the W activations that were laid there. The low bytes of a block of 128
- * hold its codes 0 .. 63, the high bytes 64 .. 127, so of the four 32-bit sums in 16 bytes the first two belong
- * to the lower half of the block and the last two to the upper half: groups of 64 or more need one sum for
- * all steps, smaller groups one for each "unit" of steps. `pick` says which scale belongs to which sum.
+ * A vector of W bytes (64, 32 or 16) is loaded from a row. Shifted by b s and masked, it gives step s: one code in each
+ * byte, multiplied with the W activations that were laid there, and added in fours. The low bytes of the 16-bit lanes
+ * of a block of 128 hold its codes 0 .. 63, the high bytes 64 .. 127. Where a scale belongs to less than a block, the
+ * even and odd bytes of each 16 are therefore parted, low bytes first, so that of the four sums in 16 bytes two belong
+ * to the lower half of the block and two to the upper half: groups of 64 need one sum for all steps, smaller groups
+ * one for each "unit" of steps. `pick` says which scale belongs to which sum.
  *
  * One bit: a vector of 64 (32) bytes repeats 32 (16) stored bytes, the copy shifted by four planes, so that it
  * has four steps as two bits have.
@@ -27,19 +27,23 @@
 
 enum { BLOCK = 128, MAX_SWEEPS = 2, MAX_UNITS = 4, MAX_LANES = 16, PAD_FLOATS = 16, WHOLE = 2 };
 
+/* Groups whose scales lie in memory while a kernel of few registers goes over them; copies of a scale of x. */
+enum { LONG_RUN = 64, COPIES = 8 };
+
 typedef struct {
     int bits;            /* 1, 2, 4 or 8 */
     int variant;         /* 1: through the table; for 8 bits: the high nibble, or WHOLE */
     int term;
     float factor;        /* of the sums of products, step included */
     uint8_t table[16];
-    int n_steps, n_units;
+    int parts_bytes;     /* 1: even bytes of each 16 first */
+    int n_steps, n_units; /* n_units: 0 where a scale belongs to whole blocks */
     int64_t load_bytes;  /* stored bytes of a vector */
     int64_t offset;      /* of the sweep's part in a row */
     int64_t tail_offset; /* of the shorter block in a row */
     int64_t n_vectors, n_tail_vectors;
     int64_t run;         /* vectors of run_groups groups; of a channel, all */
-    int64_t x, tail_x, x_scales; /* bytes into a token's image */
+    int64_t x, tail_x;   /* bytes into a token's image */
     int64_t tail_x_stride;       /* bytes for one group of the tail */
     int lays_x;                  /* 0: it shares the activations of the sweep before */
     int32_t pick[MAX_UNITS][MAX_LANES];
@@ -56,9 +60,9 @@ struct vlmq_plan {
     int64_t group_size;                         /* as stored, 0 for a channel */
     int64_t span;                               /* codes to a scale in the kernel: a channel is cut in blocks */
     int64_t n_groups;                           /* stored */
-    int64_t run_groups;                         /* whose scales a kernel holds at a time: 8 or 16 */
     int64_t n_spans, n_tail_spans, tail_span;   /* n_spans includes those of the tail */
-    int64_t token_bytes, tail_scale, span_sums; /* the image of a token; bytes into it */
+    int64_t run_groups;                         /* whose scales a kernel holds at a time */
+    int64_t token_bytes, block_scales, span_scales, span_sums; /* the image of a token; bytes into it */
     int n_sweeps;
     vlmq_sweep sweeps[MAX_SWEEPS];
 };
@@ -85,7 +89,7 @@ static vlmq_place place_of(const vlmq_sweep *sweep, int width, int64_t byte, int
         group += shift / 4 * (width / 32);
         place.step = shift % 4;
     }
-    place.at = group * 16 + (i & 1) * 8 + (i >> 1);
+    place.at = group * 16 + (sweep->parts_bytes ? (i & 1) * 8 + (i >> 1) : i);
     return place;
 }
 
@@ -125,7 +129,8 @@ static int plan_groups(vlmq_plan *plan, vlmq_sweep *sweep) {
         for (int u = 0; u < MAX_UNITS; u++)
             for (int e = 0; e < MAX_LANES; e++) sweep->pick[u][e] = pick[u][e] < 0 ? 0 : pick[u][e];
         if (!fits) continue;
-        for (int64_t v = 0; v < sweep->n_vectors; v++) sweep->first_group[v] %= (int32_t)plan->run_groups;
+        for (int64_t v = 0; plan->group_size && v < sweep->n_vectors; v++) sweep->first_group[v] %= plan->run_groups;
+        if (plan->span == BLOCK) sweep->n_units = 0;
         return 1;
     }
     return 0;
@@ -133,6 +138,7 @@ static int plan_groups(vlmq_plan *plan, vlmq_sweep *sweep) {
 
 static int plan_sweep(vlmq_plan *plan, vlmq_sweep *sweep) {
     int width = plan->width;
+    sweep->parts_bytes = width == 16 || sweep->bits == 8 || plan->span < BLOCK;
     sweep->load_bytes = sweep->bits == 1 ? (width == 64 ? 32 : 16) : width;
     sweep->n_steps = sweep->bits == 8 ? 1 : sweep->bits == 1 && width > 16 ? 4 : 8 / sweep->bits;
     int64_t whole = plan->n_blocks * 16 * sweep->bits, tail = 2 * lanes_of(plan->n_tail, sweep->bits);
@@ -159,7 +165,7 @@ static int plan_sweep(vlmq_plan *plan, vlmq_sweep *sweep) {
     return 1;
 }
 
-/* Lay out the image of a token: activations and their scales for each order of codes, sums of the spans. */
+/* Lay out the image of a token: activations for each order of codes, scales and sums of the spans. */
 static void plan_image(vlmq_plan *plan) {
     int64_t at = 0;
     for (int i = 0; i < plan->n_sweeps; i++) {
@@ -168,19 +174,19 @@ static void plan_image(vlmq_plan *plan) {
         if (!sweep->lays_x) {
             sweep->x = plan->sweeps[0].x;
             sweep->tail_x = plan->sweeps[0].tail_x;
-            sweep->x_scales = plan->sweeps[0].x_scales;
             continue;
         }
         sweep->x = at;
         at += sweep->n_vectors * sweep->n_steps * plan->width;
         sweep->tail_x = at;
         at += plan->n_tail_spans * sweep->tail_x_stride;
-        sweep->x_scales = at = round_up(at, 64);
-        at = round_up(at + sweep->n_vectors * plan->width, 64);
     }
-    plan->span_sums = at;
-    plan->tail_scale = at += (int64_t)sizeof(float) * round_up(plan->n_spans, PAD_FLOATS);
-    plan->token_bytes = at + 64;
+    const int64_t span_bytes = (int64_t)sizeof(float) * (round_up(plan->n_spans, PAD_FLOATS) + PAD_FLOATS);
+    plan->block_scales = round_up(at, 64);
+    const int64_t n_copies = round_up(COPIES * (plan->n_blocks + 1), PAD_FLOATS);
+    plan->span_scales = plan->block_scales + (int64_t)sizeof(float) * n_copies;
+    plan->span_sums = plan->span_scales + span_bytes;
+    plan->token_bytes = plan->span_sums + span_bytes;
 }
 
 static void describe_sweeps(vlmq_plan *plan, int is_wide) {
@@ -232,7 +238,7 @@ static vlmq_plan *plan_create(const vlmq_format *format, int64_t in_features, in
     plan->n_tail = in_features % BLOCK;
     plan->group_size = group_size;
     plan->span = group_size ? group_size : BLOCK;
-    plan->run_groups = width == 32 ? 8 : 16;
+    plan->run_groups = width != 32 ? 16 : plan->span == BLOCK ? LONG_RUN : 8;
     plan->n_groups = group_size ? (in_features + group_size - 1) / group_size : 1;
     plan->n_spans = (in_features + plan->span - 1) / plan->span;
     plan->tail_span = plan->n_blocks * (BLOCK / plan->span);

@@ -35,20 +35,24 @@ VLMQ_TARGET static float FN(round_block)(const float *values, int64_t n, int8_t 
     return float_of_bits(largest) / 127.0f;
 }
 
-VLMQ_TARGET static void FN(sum_spans)(const vlmq_plan *plan, int64_t start, int64_t n, const int8_t *codes,
-                                      float scale, float *sums) {
-    /* Those of a channel share one scale: only their total counts. */
-    int64_t n_sums = plan->group_size ? plan->n_spans : plan->width / 4;
+/* The scale of a block and the sums of its spans; those of a channel share one scale of weights: their total counts. */
+VLMQ_TARGET static void FN(lay_spans)(const vlmq_plan *plan, int64_t start, int64_t n, const int8_t *codes,
+                                      float scale, uint8_t *image) {
+    float *scales = (float *)(void *)(image + plan->span_scales), *sums = (float *)(void *)(image + plan->span_sums);
+    float *copies = (float *)(void *)(image + plan->block_scales) + start / BLOCK * COPIES;
+    for (int i = 0; i < COPIES; i++) copies[i] = scale;
+    const int64_t n_sums = plan->group_size ? plan->n_spans : plan->width / 4;
     for (int64_t k = 0; k < n; k += plan->span) {
         int32_t sum = 0;
         for (int64_t i = k; i < min_int64(n, k + plan->span); i++) sum += codes[i];
+        scales[(start + k) / plan->span] = scale;
         sums[(start + k) / plan->span % n_sums] += scale * (float)sum;
     }
 }
 
 /* Lay the codes of one block for one sweep. */
 VLMQ_TARGET static void FN(lay_block)(const vlmq_plan *plan, const vlmq_sweep *sweep, int64_t block,
-                                      const int8_t *codes, float scale, uint8_t *image) {
+                                      const int8_t *codes, uint8_t *image) {
     if (block == plan->n_blocks) {
         uint8_t *at = image + sweep->tail_x;
         for (int64_t k = 0; k < plan->n_tail; k++)
@@ -56,19 +60,17 @@ VLMQ_TARGET static void FN(lay_block)(const vlmq_plan *plan, const vlmq_sweep *s
         return;
     }
     uint8_t *at = image + sweep->x + block / 2 * 2 * BLOCK;
-    for (int i = 0; i < BLOCK / 8; i++) memcpy(at + sweep->chunk_at[block % 2][i], codes + 8 * i, 8);
-    /* Which sums of which vectors belong to this block: all of its vectors, or the 16-byte groups of a shared one. */
-    float *scales = (float *)(void *)(image + sweep->x_scales);
-    int n_lanes = plan->width / 4;
-    int64_t block_bytes = 16 * sweep->bits, first = block * block_bytes / sweep->load_bytes;
-    if (sweep->load_bytes <= block_bytes) {
-        int64_t n = block_bytes / sweep->load_bytes * n_lanes;
-        for (int64_t i = 0; i < n; i++) scales[first * n_lanes + i] = scale;
+    const int32_t *chunk_at = sweep->chunk_at[block % 2];
+    if (sweep->parts_bytes) {
+        for (int i = 0; i < BLOCK / 8; i++) memcpy(at + chunk_at[i], codes + 8 * i, 8);
         return;
     }
-    int per_block = sweep->bits == 1 ? 4 : 8;
-    for (int i = 0; i < n_lanes; i++)
-        if (i / per_block % 2 == block % 2) scales[first * n_lanes + i] = scale;
+    /* Codes k and k + 64 side by side. */
+    for (int i = 0; i < BLOCK / 16; i++) {
+        int8_t both[16];
+        for (int j = 0; j < 8; j++) both[2 * j] = codes[8 * i + j], both[2 * j + 1] = codes[BLOCK / 2 + 8 * i + j];
+        memcpy(at + chunk_at[i], both, 16);
+    }
 }
 
 VLMQ_TARGET static void FN(quantize_token)(void *job_, int64_t token, int worker) {
@@ -77,17 +79,14 @@ VLMQ_TARGET static void FN(quantize_token)(void *job_, int64_t token, int worker
     vlmq_scratch scratch = scratch_of(job, worker);
     uint8_t *image = job->images + token * plan->token_bytes;
     memset(image, 0, (size_t)plan->token_bytes);
-    float *tail_scale = (float *)(void *)(image + plan->tail_scale);
-    float *sums = (float *)(void *)(image + plan->span_sums);
     FN(read_token)(job->x, token * plan->in_features, plan->in_features, job->dtype, scratch.values);
     for (int64_t start = 0; start < plan->in_features; start += BLOCK) {
         int64_t n = min_int64(BLOCK, plan->in_features - start);
         int8_t *codes = scratch.codes + start;
         float scale = FN(round_block)(scratch.values + start, n, codes);
-        FN(sum_spans)(plan, start, n, codes, scale, sums);
+        FN(lay_spans)(plan, start, n, codes, scale, image);
         for (int i = 0; i < plan->n_sweeps; i++)
             if (plan->sweeps[i].lays_x)
-                FN(lay_block)(plan, &plan->sweeps[i], start / BLOCK, codes, scale, image);
-        for (int i = 0; n < BLOCK && i < plan->width / 4; i++) tail_scale[i] = scale;
+                FN(lay_block)(plan, &plan->sweeps[i], start / BLOCK, codes, image);
     }
 }

@@ -54,7 +54,7 @@ static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_c
 #if defined(VLMQ_HAS_AVXVNNI)
 static int has_avxvnni(void) {
     unsigned a, b, c, d;
-    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    return has_avx2() && __builtin_cpu_supports("gfni") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 #endif
 #elif defined(__aarch64__)
