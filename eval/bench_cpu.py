@@ -6,15 +6,17 @@ Packages that run on CPUs too (`vlmq.eval.peers`) are timed beside them where th
 
 Each layer is (4096, 4096). A row rotates over copies of `ROTATION_BYTES`, more than a cache holds. Rows take turns, so
 that what disturbs the machine disturbs all: two calls each, of which the second is timed, for the first one after
-another row is slower. A figure is the median of a row's calls with the quartiles beside it. Read bandwidth is that of a
-sum over as many bytes, by the same threads. The machine must be idle: the load average is stored, and above `MAX_LOAD`
-the figures say little.
+another row is slower. Their order is drawn anew for each round: a row is a fifth slower after one that has read so much
+that page tables have left the caches. A figure is the median of a row's calls with the quartiles beside it. Read
+bandwidth is that of a sum over as many bytes, by the same threads. The machine must be idle: the load average is
+stored, and above `MAX_LOAD` the figures say little.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -126,10 +128,14 @@ def read_all() -> Turn:
 
 
 def measure(turns: dict[tuple[str, str], Turn], n_rounds: int) -> Table:
-    """Time the rows in turns; medians and quartiles in milliseconds, bandwidth against that of `read`."""
+    """Time the rows in turns, in an order drawn anew for each round; medians and quartiles in milliseconds, bandwidth against that of `read`."""
     times: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
+    order = list(turns)
+    drawn = random.Random(0)
     for i in range(n_rounds):
-        for key, turn in turns.items():
+        drawn.shuffle(order)
+        for key in order:
+            turn = turns[key]
             if turn.is_slow and i % SLOW_EVERY != WARM_UP:
                 continue
             milliseconds = turn.run(i)

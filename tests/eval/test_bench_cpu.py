@@ -47,6 +47,18 @@ def test_unknown_paths_and_too_few_rounds_are_refused(small, isas, n_rounds):
         bench.bench_cpu(1, n_rounds=n_rounds, isas=isas)
 
 
+def test_rows_do_not_always_follow_the_same_row():
+    calls = []
+    names = "read", "bfloat16", "a", "b"
+    turns = {
+        (name, "torch"): bench.Turn(lambda i, name=name: calls.append(name) or 1.0, 8, 16, 0.0) for name in names
+    }
+    bench.measure(turns, 20)
+    rounds = [calls[k : k + len(names)] for k in range(0, len(calls), len(names))]
+    assert all(sorted(order) == sorted(names) for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 5
+
+
 def test_a_slow_row_takes_few_turns():
     turns = []
     fast, slow = (
