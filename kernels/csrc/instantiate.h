@@ -61,3 +61,6 @@
 #undef BOTH
 #undef WEIGHT_SCALES
 #undef X_SCALES_OF_BLOCK
+#undef SPREAD
+#undef WITH_BIT
+#undef STORE

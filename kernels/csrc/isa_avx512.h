@@ -45,9 +45,17 @@
 #define TIMES_PLUS(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define WIDE_DOT
 #define HALVES_OF(floats) halves_of_16(floats)
-#define LOOK_UP_HALVES(p, table, codes) \
-    _mm512_storeu_si512(                \
-        p, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(codes))), table))
+/* Codes 32 i .. 32 i + 31 of a block, plane by plane; the shifts of 2 and of 4 planes side by side. */
+#define SPREAD(p, bits, i)                                                                                        \
+    ((bits) == 4   ? _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * (i))                                            \
+     : (bits) == 2 ? _mm512_srlv_epi16(_mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)(p))),             \
+                                       _mm512_add_epi16(_mm512_set1_epi16(4 * (i)), shifts_of_planes(2)))         \
+                   : _mm512_srlv_epi16(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p))),                \
+                                       _mm512_add_epi16(_mm512_set1_epi16(4 * (i)), shifts_of_planes(1))))
+#define WITH_BIT(codes, bit) \
+    _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), codes, _mm512_slli_epi16(bit, 2), 0xca)
+#define LOOK_UP_HALVES(table, codes) _mm512_permutexvar_epi16(codes, table)
+#define STORE(p, v) _mm512_storeu_si512(p, v)
 #define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_16(a, b, c, d))
 
 /* Of each 4 numbers first, (0 + 2) + (1 + 3), then of the four parts of 16. */
@@ -59,14 +67,21 @@ VLMQ_TARGET static inline __m128 four_totals_of_16(__m512 a, __m512 b, __m512 c,
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
-/* bfloat16_of_float of 16 numbers, in the low half of a vector. */
+/* 0 and 2 of 2 bits, 16 lanes each; 0 to 3 of 1 bit, 8 lanes each. */
+VLMQ_TARGET static inline __m512i shifts_of_planes(int bits) {
+    return bits == 2 ? _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1)
+                     : _mm512_set_epi64(0x0003000300030003, 0x0003000300030003, 0x0002000200020002, 0x0002000200020002,
+                                        0x0001000100010001, 0x0001000100010001, 0, 0);
+}
+
+/* bfloat16_of_float of 16 numbers, twice. */
 VLMQ_TARGET static inline __m512i halves_of_16(__m512 floats) {
     const __m512i bits = _mm512_castps_si512(floats), high = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(floats, floats, _CMP_UNORD_Q);
     const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), is_nan, high, _mm512_set1_epi32(0x40));
-    return _mm512_castsi256_si512(_mm512_cvtepi32_epi16(rounded));
+    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(rounded));
 }
 
 #include "instantiate.h"

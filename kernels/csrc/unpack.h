@@ -1,7 +1,13 @@
 /* W itself, in float32 or rounded once to bfloat16. Included once for each instruction set.
  *
- * Computed as kernels/reference.py does, operation by operation, so both give the same bits. Where an isa_*.h has
- * HALVES_OF (16 floats as bfloat16, a table) and LOOK_UP_HALVES (32 codes in it), bfloat16 comes from them.
+ * Computed as kernels/reference.py does, operation by operation, so both give the same bits. An isa_*.h may have
+ *
+ *     SPREAD(p, bits, i)                      codes 32 i .. 32 i + 31 of the block at p, in 16 bits, below other bits
+ *     WITH_BIT(codes, bit)                    codes of 2 bits and their third bit, likewise
+ *     HALVES_OF(floats)                       16 floats as bfloat16, twice
+ *     LOOK_UP_HALVES(table, codes), STORE(p, v)  of those one for each code
+ *
+ * Blocks in bfloat16 then come from a table of the levels of their group.
  */
 
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(unpack_block)(
@@ -33,17 +39,20 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(unpack_part)(
     if (n_codes) FN(unpack_block)(stored, BITS, n_codes, WEIGHT, codes);
 }
 
-VLMQ_TARGET static void FN(unpack_codes)(const vlmq_plan *plan, const uint8_t *row, uint8_t *codes) {
-    const int64_t n = plan->in_features;
-    switch (plan->format.bits) {
-    case 1: FN(unpack_part)(row, n, 1, 1, codes); break;
-    case 2: FN(unpack_part)(row, n, 2, 1, codes); break;
+/* The codes of a row from `start`, where a block begins. */
+VLMQ_TARGET static void FN(unpack_codes)(const vlmq_plan *plan, const uint8_t *row, int64_t start, uint8_t *codes) {
+    const int64_t n = plan->in_features - start;
+    const int bits = plan->format.bits;
+    const uint8_t *at = row + start * (bits == 3 ? 2 : bits) / 8;
+    switch (bits) {
+    case 1: FN(unpack_part)(at, n, 1, 1, codes); break;
+    case 2: FN(unpack_part)(at, n, 2, 1, codes); break;
     case 3:
-        FN(unpack_part)(row, n, 2, 1, codes);
-        FN(unpack_part)(row + part_bytes(n, 2), n, 1, 4, codes);
+        FN(unpack_part)(at, n, 2, 1, codes);
+        FN(unpack_part)(row + part_bytes(plan->in_features, 2) + start / 8, n, 1, 4, codes);
         break;
-    case 4: FN(unpack_part)(row, n, 4, 1, codes); break;
-    default: FN(unpack_part)(row, n, 8, 1, codes);
+    case 4: FN(unpack_part)(at, n, 4, 1, codes); break;
+    default: FN(unpack_part)(at, n, 8, 1, codes);
     }
 }
 
@@ -65,20 +74,52 @@ VLMQ_TARGET static void FN(unpack_group)(const vlmq_format *format, const uint8_
     for (int64_t i = 0; i < n; i++) values[i] = weights[codes[i] & 15];
 }
 
-#ifdef LOOK_UP_HALVES
-/* The same of at most 16 levels, rounded to bfloat16: all levels are computed, then looked up 32 at a time. `levels`
- * holds step * code, or the first term's levels and then the second's. */
-VLMQ_TARGET static inline __attribute__((always_inline)) void FN(unpack_group_halves)(
-    const vlmq_format *format, const float levels[32], const uint8_t *codes, int64_t n, const uint16_t *scales,
-    float zero, uint16_t *halves) {
-    const floats_t scale = SAME(float_of_float16(scales[0])), first = LOAD_FLOATS(levels);
-    floats_t values = TIMES(MINUS(first, SAME(zero - format->first)), scale);
-    if (format->n_terms > 1)
-        values = TIMES(first, scale) + TIMES(LOAD_FLOATS(levels + 16), SAME(float_of_float16(scales[1])));
-    const bytes_t table = HALVES_OF(values);
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) LOOK_UP_HALVES(halves + i, table, codes + i);
-    for (; i < n; i++) halves[i] = bfloat16_of_float(values[codes[i]]);
+#ifdef SPREAD
+/* The whole blocks of a row. `levels` holds step * code of 16 codes, or levels of the first and of the second term. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void FN(unpack_blocks)(
+    const vlmq_plan *plan, const vlmq_layer *layer, int64_t row, const float levels[32], uint16_t *halves,
+    const int BITS) {
+    const vlmq_format *format = &plan->format;
+    const int64_t size = plan->group_size ? plan->group_size : plan->in_features;
+    const uint8_t *at = layer->qweight + row * plan->row_bytes, *bit_at = at + part_bytes(plan->in_features, 2);
+    const floats_t first = LOAD_FLOATS(levels), second = LOAD_FLOATS(levels + 16);
+    bytes_t table = HALVES_OF(first);
+    int64_t group = row * plan->n_groups, next = 0;
+    for (int64_t k = 0; k < plan->n_blocks * BLOCK; at += (BITS == 3 ? 2 : BITS) * 16, bit_at += 16) {
+        for (int i = 0; i < 4; i++, k += 32) {
+            if (k == next) {
+                const uint16_t *scales = layer->scales + group * format->n_terms;
+                const float zero = format->has_zero ? (float)layer->zeros[group] * format->zero_step : 0.0f;
+                const floats_t scale = SAME(float_of_float16(scales[0]));
+                table = format->n_terms > 1
+                            ? HALVES_OF(TIMES(first, scale) + TIMES(second, SAME(float_of_float16(scales[1]))))
+                            : HALVES_OF(TIMES(MINUS(first, SAME(zero - format->first)), scale));
+                group++, next += size;
+            }
+            const bytes_t codes = BITS == 3 ? WITH_BIT(SPREAD(at, 2, i), SPREAD(bit_at, 1, i)) : SPREAD(at, BITS, i);
+            STORE(halves + k, LOOK_UP_HALVES(table, codes));
+        }
+    }
+}
+
+/* The codes of whole blocks, if they can be spread: groups of 16 cannot. Returns how many. */
+VLMQ_TARGET static int64_t FN(spread_row)(const vlmq_plan *plan, const vlmq_layer *layer, int64_t row,
+                                          uint16_t *halves) {
+    const vlmq_format *format = &plan->format;
+    if (format->bits > 4 || plan->group_size == 16) return 0;
+    float levels[32];
+    for (int k = 0; k < 32; k++) {
+        const int code = k % 16 & ((1 << format->bits) - 1);
+        levels[k] = format->n_terms == 1 ? format->step * (float)code
+                                         : format->first + format->step * (float)format->table[k / 16][code];
+    }
+    switch (format->bits) {
+    case 1: FN(unpack_blocks)(plan, layer, row, levels, halves, 1); break;
+    case 2: FN(unpack_blocks)(plan, layer, row, levels, halves, 2); break;
+    case 3: FN(unpack_blocks)(plan, layer, row, levels, halves, 3); break;
+    default: FN(unpack_blocks)(plan, layer, row, levels, halves, 4);
+    }
+    return plan->n_blocks * BLOCK;
 }
 #endif
 
@@ -91,30 +132,21 @@ VLMQ_TARGET static void FN(unpack_rows)(void *job_, int64_t chunk, int worker) {
     uint8_t *codes = (uint8_t *)scratch.codes;
     int64_t n_codes = plan->in_features, size = plan->group_size ? plan->group_size : n_codes;
     int64_t end = min_int64(job->n_rows, (chunk + 1) * job->chunk_rows);
-#ifdef LOOK_UP_HALVES
-    float levels[32];
-    for (int k = 0; k < 32; k++)
-        levels[k] = format->n_terms == 1 ? format->step * (float)(k % 16)
-                                         : format->first + format->step * (float)format->table[k / 16][k % 16];
-#endif
     for (int64_t i = chunk * job->chunk_rows; i < end; i++) {
-        int64_t row = job->rows ? job->rows[i] : job->first_row + i;
+        int64_t row = job->rows ? job->rows[i] : job->first_row + i, start = 0, n;
         int is_float = job->dtype == VLMQ_FLOAT32;
         float *values = is_float ? (float *)job->out + i * n_codes : scratch.values;
         uint16_t *halves = (uint16_t *)job->out + i * n_codes;
-        FN(unpack_codes)(plan, layer->qweight + row * plan->row_bytes, codes);
-        for (int64_t g = 0; g < plan->n_groups; g++) {
-            int64_t n = min_int64(size, n_codes - g * size), at = row * plan->n_groups + g;
-            float zero = format->has_zero ? (float)layer->zeros[at] * format->zero_step : 0.0f;
-            const uint16_t *scales = layer->scales + at * format->n_terms;
-#ifdef LOOK_UP_HALVES
-            if (!is_float && format->bits <= 4) {
-                FN(unpack_group_halves)(format, levels, codes + g * size, n, scales, zero, halves + g * size);
-                continue;
-            }
+#ifdef SPREAD
+        if (!is_float) start = FN(spread_row)(plan, layer, row, halves);
 #endif
-            FN(unpack_group)(format, codes + g * size, n, scales, zero, values + g * size);
-            for (int64_t k = g * size; !is_float && k < g * size + n; k++) halves[k] = bfloat16_of_float(values[k]);
+        FN(unpack_codes)(plan, layer->qweight + row * plan->row_bytes, start, codes + start);
+        for (int64_t k = start; k < n_codes; k += n) {
+            int64_t g = k / size, at = row * plan->n_groups + g;
+            n = min_int64((g + 1) * size, n_codes) - k;
+            float zero = format->has_zero ? (float)layer->zeros[at] * format->zero_step : 0.0f;
+            FN(unpack_group)(format, codes + k, n, layer->scales + at * format->n_terms, zero, values + k);
+            for (int64_t j = k; !is_float && j < k + n; j++) halves[j] = bfloat16_of_float(values[j]);
         }
     }
 }
