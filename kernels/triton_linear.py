@@ -25,9 +25,10 @@ from vlmq.kernels.triton_config import (
     MatmulConfig,
     default_matmul,
     matmul_key,
+    row_unit,
     tuned_table,
 )
-from vlmq.kernels.triton_dequant import dequantize_kernel
+from vlmq.kernels.triton_dequant import dequantize_kernel, dequantize_rows
 from vlmq.kernels.triton_matmul import matmul_kernel, reduce_kernel
 
 WORKSPACE_BYTES = 2**27
@@ -203,7 +204,7 @@ def fused_linear(
         BLOCK_N=config.block_n,
         BLOCK_M=config.block_m,
         BLOCKS=config.blocks,
-        TAIL=in_features % 128 != 0,
+        K_UNIT=row_unit(in_features),
         COMPUTE=compute,
         ASM=not interpreted if use_assembly is None else use_assembly,
         **launch_options(config.warps, config.stages),
@@ -263,7 +264,7 @@ def _dequantize(
     fmt = get_format(format_name)
     lanes, row_units, high_units, unit = _lanes(qweight[rows], fmt, in_features)
     out = torch.empty(lanes.shape[0], in_features, dtype=dtype, device=qweight.device)
-    block_n = 16
+    block_n = dequantize_rows(in_features, group_size)
     dequantize_kernel[(triton.cdiv(lanes.shape[0], block_n) * triton.cdiv(in_features, 128),)](
         lanes,
         scales[rows],
@@ -277,6 +278,7 @@ def _dequantize(
         FORMAT=kernel_format(fmt),
         GROUP=group_size,
         BLOCK_N=block_n,
+        K_UNIT=row_unit(in_features),
         **launch_options(4, 1),
     )
     return out

@@ -287,7 +287,7 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCKS: tl.constexpr,
-    TAIL: tl.constexpr,
+    K_UNIT: tl.constexpr,
     COMPUTE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -302,13 +302,15 @@ def matmul_kernel(
         FORMAT: (bits, terms, first level, step of the levels).
         GROUP: group size, 0 for one group per channel.
         BLOCKS: blocks of 128 codes per iteration; 1 unless GROUP is 0.
-        TAIL: whether K is no multiple of 128.
+        K_UNIT: `row_unit` of K, which tells the compiler what the rows of x are aligned to.
         COMPUTE: float32 for bfloat16 in the interpreter, else the dtype of x.
         ASM: inline assembly, not for the interpreter.
 
     Grid: (tiles of N, tiles of M, splits of K).
     """
     TERMS: tl.constexpr = FORMAT[1]
+    if K_UNIT < 16:
+        K = K // K_UNIT * K_UNIT
     tl.static_assert(BLOCKS == 1 or GROUP == 0)
     tl.static_assert(BLOCK_N >= 16 and BLOCK_M >= 8)
     i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -327,7 +329,7 @@ def matmul_kernel(
     acc = _whole_block_products(
         acc, p_x_rows, m_x, p_weight, p_row, p_s, p_z, K, o_high, FORMAT, GROUP, BLOCKS, COMPUTE, ASM
     )
-    if TAIL and i_s == tl.num_programs(2) - 1:
+    if K_UNIT < 128 and i_s == tl.num_programs(2) - 1:
         acc = _tail_products(
             acc,
             p_x_rows,

@@ -302,5 +302,6 @@ def weights_of(
             w = (2 * (q & 1) - 1).to(tl.float32) * s + (2 * (q >> 1) - 1).to(tl.float32) * s1
         else:
             tl.static_assert(BITS == 4)
-            w = (q % 3 - 1).to(tl.float32) * s + (q // 3 - 1).to(tl.float32) * s1
+            third = q * 11 >> 5
+            w = (q - 3 * third - 1).to(tl.float32) * s + (third - 1).to(tl.float32) * s1
     return w

@@ -5,12 +5,14 @@ loop, per lane and weight of the thread block. Counts, not times. At 2.6 (int4) 
 takes about as long as reading the weights on an H200; the budgets hold what is reached, with a little room.
 """
 
+import re
+
 import pytest
 from triton_static import DTYPES, SHARED_LIMIT, MachineCode, compile_kernel, kernel_format, skip_without_tools
 
 from vlmq.formats import get_format
-from vlmq.kernels.triton_config import default_matmul
-from vlmq.kernels.triton_dequant import dequantize_kernel
+from vlmq.kernels.triton_config import default_matmul, row_unit
+from vlmq.kernels.triton_dequant import dequantize_kernel, dequantize_rows
 from vlmq.kernels.triton_matmul import matmul_kernel, reduce_kernel
 
 pytestmark = pytest.mark.usefixtures("_tools")
@@ -39,11 +41,12 @@ def _tools():
 
 
 def compile_matmul(
-    name, group_size, arch, *, n_tokens=1, dtype="bf16", tail=False
+    name, group_size, arch, *, n_tokens=1, dtype="bf16", tail=False, in_features=None
 ) -> tuple[MachineCode, float]:
     """Machine code, and weights that a thread takes in one iteration of its main loop."""
     fmt = get_format(name)
-    tiles = default_matmul(f"sm_{arch}", n_tokens, 4096, 4096 + 8 * tail, fmt, group_size, 132)
+    in_features = in_features or 4096 + 16 * tail
+    tiles = default_matmul(f"sm_{arch}", n_tokens, 4096, in_features, fmt, group_size, 132)
     code = compile_kernel(
         matmul_kernel,
         arch,
@@ -62,12 +65,13 @@ def compile_matmul(
             "BLOCK_N": tiles.block_n,
             "BLOCK_M": tiles.block_m,
             "BLOCKS": tiles.blocks,
-            "TAIL": tail,
+            "K_UNIT": row_unit(in_features),
             "COMPUTE": DTYPES[dtype],
             "ASM": True,
         },
         warps=tiles.warps,
         stages=tiles.stages,
+        unaligned=("K",) if in_features % 16 else (),
     )
     return code, tiles.block_n * 128 * tiles.blocks / (tiles.warps * 32)
 
@@ -128,6 +132,15 @@ def test_what_wide_tiles_would_spill_does_not_on_sm_120(name, group_size, n_toke
     check(code, 120)
 
 
+@pytest.mark.parametrize(("in_features", "n_bytes"), [(4104, {16}), (3420, {16, 8})])
+def test_rows_that_are_no_multiple_of_sixteen_are_copied_ahead_too(in_features, n_bytes):
+    code, _ = compile_matmul("int4", 128, 90, n_tokens=64, in_features=in_features)
+    check(code, 90)
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x(\w+),", code.ptx)
+    assert {int(size, 16) for size in sizes} == n_bytes
+    assert code.loop["LDG"] <= 4  # scales and zero points
+
+
 @pytest.mark.parametrize("n_tokens", [32, 64])
 def test_tiles_of_many_tokens_fit_a_gpu_of_little_shared_memory(n_tokens):
     code, _ = compile_matmul("int4", 0, 89, n_tokens=n_tokens)
@@ -163,23 +176,50 @@ def test_sizes_of_one_compile(group_size):
     """Triton makes a constant of an argument that is 1, so such a layer is another kernel."""
     ones = {"N": 1, "K": 1, "row_units": 1, "high_units": 1, "UNIT": 1, "GROUP": group_size, "ASM": True}
     pointers = {"p_x": "*fp16", "p_weight": "*u16", "p_scales": "*fp16", "p_zeros": "*u8", "p_bias": "*fp16"}
-    tiles = {"BLOCK_N": 32, "BLOCK_M": 8, "BLOCKS": 1, "TAIL": True, "COMPUTE": DTYPES["fp16"]}
+    tiles = {"BLOCK_N": 32, "BLOCK_M": 8, "BLOCKS": 1, "K_UNIT": 1, "COMPUTE": DTYPES["fp16"]}
     constants = ones | tiles | {"FORMAT": kernel_format("int3")}
     check(compile_kernel(matmul_kernel, 90, pointers | {"p_y": "*fp16"}, constants), 90)
     del pointers["p_x"], pointers["p_bias"]
     constants = {name: one for name, one in ones.items() if name != "ASM"} | {"BLOCK_N": 16}
-    constants["FORMAT"] = kernel_format("int3")
+    constants |= {"FORMAT": kernel_format("int3"), "K_UNIT": 1}
     check(compile_kernel(dequantize_kernel, 90, pointers | {"p_out": "*fp16"}, constants), 90)
     reduction = {"p_partial": "*fp32", "p_bias": None, "p_y": "*fp16"}
     check(compile_kernel(reduce_kernel, 90, reduction, {"N": 1, "BLOCK": 512}), 90)
 
 
-@pytest.mark.parametrize("name", ["int4", "ternary2"])
-def test_dequantize_does_not_spill(name):
+def compile_dequantize(name, group_size, in_features) -> MachineCode:
     pointers = {"p_weight": "*u16", "p_scales": "*fp16", "p_out": "*bf16"}
     pointers["p_zeros"] = "*u8" if get_format(name).has_zero else None
-    constants = {"UNIT": 16, "FORMAT": kernel_format(name), "GROUP": 128, "BLOCK_N": 16}
-    check(compile_kernel(dequantize_kernel, 90, pointers, constants), 90)
+    constants = {"UNIT": 16, "FORMAT": kernel_format(name), "GROUP": group_size}
+    constants |= {"BLOCK_N": dequantize_rows(in_features, group_size), "K_UNIT": row_unit(in_features)}
+    unaligned = ("K",) if in_features % 16 else ()
+    return compile_kernel(dequantize_kernel, 90, pointers, constants, unaligned=unaligned)
+
+
+# Writing a weight takes an H200 as long as issuing about thirteen instructions for it.
+@pytest.mark.parametrize(
+    ("name", "group_size", "budget"),
+    [
+        ("int4", 128, 11.5),
+        ("int4", 32, 15.0),
+        ("ternary", 0, 10.0),
+        ("int3", 128, 16.0),
+        ("ternary2", 64, 19.0),
+    ],
+)
+def test_dequantize_keeps_to_its_budget(name, group_size, budget):
+    code = compile_dequantize(name, group_size, 4096)
+    check(code, 90)
+    assert code.all.total() / dequantize_rows(4096, group_size) <= budget
+    assert code.shared_bytes == 0
+    assert 8 * code.all["STG"] == dequantize_rows(4096, group_size)
+
+
+@pytest.mark.parametrize(("in_features", "per_store"), [(4104, 8), (3420, 4), (4095, 1)])
+def test_dequantize_stores_as_wide_as_a_row_is_aligned(in_features, per_store):
+    code = compile_dequantize("int4", 128, in_features)
+    check(code, 90)
+    assert code.all["STG"] == dequantize_rows(in_features, 128) // per_store
 
 
 def test_reduction_does_not_spill():

@@ -68,11 +68,18 @@ def kernel_format(name: str) -> tuple[int, int, float, float]:
 
 
 def compile_kernel(
-    kernel, arch: int, pointers: dict[str, str | None], constants: dict, *, warps: int = 4, stages: int = 1
+    kernel,
+    arch: int,
+    pointers: dict[str, str | None],
+    constants: dict,
+    *,
+    warps: int = 4,
+    stages: int = 1,
+    unaligned: tuple[str, ...] = (),
 ) -> MachineCode:
     """Compile for sm_<arch>: `pointers` have types (None: no such tensor), other arguments are int32.
 
-    Pointers and sizes are multiples of 16, as those of large layers are.
+    Pointers and sizes are multiples of 16, as those of large layers are, but for those that are named `unaligned`.
     """
     constants = constants | {name: None for name, kind in pointers.items() if kind is None}
     signature = {
@@ -81,7 +88,7 @@ def compile_kernel(
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("M", "n_splits")
+        if kind != "constexpr" and name not in ("M", "n_splits", *unaligned)
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
