@@ -114,9 +114,9 @@ def default_matmul(
     warps = 2 if block_m <= 16 else 4 if block_m == 32 or arch == "sm_90" else 8
     if traps(arch, group_size):
         warps = 2
-    # Two blocks of 8-bit codes need more registers than there are.
-    blocks = 1 if group_size or fmt.bits == 8 else 2
-    block_n = 64 if _needs_narrow_tile(arch, block_m, in_features, fmt, group_size) else 128
+    # Two blocks of 8-bit codes, and two beside the code for a shorter last block, need more registers than there are.
+    blocks = 1 if group_size or fmt.bits == 8 or in_features % 128 else 2
+    block_n = _outputs_of_tile(arch, block_m, in_features, fmt, group_size)
     tiles = -(-out_features // block_n) * -(-n_tokens // block_m)
     iterations = in_features // (128 * blocks)
     splits = 1
@@ -134,14 +134,17 @@ def traps(arch: str, group_size: int) -> bool:
     return arch in TENSOR_MEMORY and 0 < group_size < 128
 
 
-def _needs_narrow_tile(arch: str, block_m: int, in_features: int, fmt: Format, group_size: int) -> bool:
-    """Say whether registers would be spilled with 128 outputs to a tile: found by compiling, not by timing.
+def _outputs_of_tile(arch: str, block_m: int, in_features: int, fmt: Format, group_size: int) -> int:
+    """As many outputs as spill no registers: found by compiling, not by timing.
 
-    Half the outputs take about a tenth more instructions for each weight, so the others keep 128.
+    64 outputs take about a tenth more instructions for each weight than 128, and 32 a quarter more than 64.
     """
-    has_tail = in_features % 128 != 0
+    if block_m == 64 and traps(arch, group_size):
+        return 32
+    has_tail = in_features % 128 != 0 and group_size > 0
     if has_tail or (block_m == 64 and 0 < group_size < 128) or (block_m > 16 and traps(arch, group_size)):
-        return True
+        return 64
     if fmt.n_terms > 1:
-        return block_m > 8 or group_size != 128
-    return fmt.bits == 2 and group_size == 0 and (fmt.has_zero or (arch == "sm_120" and block_m == 16))
+        return 64 if block_m > 8 or group_size != 128 else 128
+    is_wide = fmt.bits == 2 and group_size == 0 and (fmt.has_zero or (arch == "sm_120" and block_m == 16))
+    return 64 if is_wide else 128

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from random_weights import random_weight
 
 from vlmq.eval import bench_gpu
 from vlmq.eval.bench_gpu import Case, plan, with_ratios
 from vlmq.eval.bench_gpu_table import models_table, results_table
+from vlmq.kernels.packing import pack
 
 
 def test_plan_holds_each_size_for_each_kernel():
@@ -26,6 +28,26 @@ def test_bytes_are_those_of_the_packed_weight():
     assert Case("vlmq", "ternary", 0, 4096, 14336, 1).bytes_read == 4096 * 14336 // 4 + 2 * 14336 + io
     with_zero = 4096 * 14336 // 2 + 3 * 14336 * 32 + io
     assert Case("vlmq", "int4", 128, 4096, 14336, 1).bytes_read == with_zero
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2048])
+def test_a_wrong_product_of_any_number_of_tokens_is_not_timed(monkeypatch, n_tokens):
+    triton_tune = pytest.importorskip("vlmq.kernels.triton_tune", reason="triton is not installed")
+    from vlmq.kernels import reference, triton_linear
+
+    weight = random_weight("ternary", 9, 256, None)
+    packed = (pack(weight.codes, 2), weight.scales, weight.zeros)
+    monkeypatch.setattr(triton_tune, "cold_weights", lambda _: [packed] * 3)
+    case, x = Case("vlmq", "ternary", 0, 256, 9, n_tokens), torch.randn(n_tokens, 256)
+    monkeypatch.setattr(triton_linear, "quant_linear", reference.quant_linear)
+    assert len(bench_gpu._vlmq_calls(case, x)) == 3
+
+    def wrong_if_all(rows, *rest):
+        return reference.quant_linear(rows, *rest) * (2 if len(rows) == n_tokens else 1)
+
+    monkeypatch.setattr(triton_linear, "quant_linear", wrong_if_all)
+    with pytest.raises(RuntimeError, match="differs from the reference"):
+        bench_gpu._vlmq_calls(case, x)
 
 
 def test_ratio_is_to_bf16_of_the_same_size():
