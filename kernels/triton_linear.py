@@ -65,7 +65,7 @@ def quant_linear(
         (qweight, scales, zeros, bias), format_name, in_features, group_size, x.device
     )
     weight = (qweight, scales, zeros, format_name, in_features, group_size)
-    with on_device(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x):
         if rows.dtype == torch.float32 or rows.shape[0] > MAX_FUSED_TOKENS:
             y = dequantized_linear(rows, *weight, bias)
         else:
@@ -171,7 +171,7 @@ def fused_linear(
     y = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
     if n_tokens == 0:
         return y
-    config = config or choose_config(x, out_features, fmt, group_size)
+    config = config or choose_config(x.device, n_tokens, out_features, in_features, format_name, group_size)
     is_split = config.splits > 1
     target = y
     if is_split:
@@ -229,10 +229,11 @@ def dequantized_linear(
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     for part in _slices(out_features, _workspace_rows(in_features, x.dtype)):
         weight = _dequantize(qweight, scales, zeros, format_name, in_features, group_size, part, x.dtype)
-        if bias is None:
-            torch.mm(x, weight.T, out=y[:, part])
-        else:
-            torch.addmm(bias[part].to(x.dtype), x, weight.T, out=y[:, part])
+        with torch.autocast(x.device.type, enabled=False):
+            if bias is None:
+                torch.mm(x, weight.T, out=y[:, part])
+            else:
+                torch.addmm(bias[part].to(x.dtype), x, weight.T, out=y[:, part])
     return y
 
 
@@ -284,13 +285,21 @@ def _dequantize(
     return out
 
 
-def choose_config(x: Tensor, out_features: int, fmt: Format, group_size: int) -> MatmulConfig:
-    """Return the tuned tiles for x (n_tokens, in_features) on its device, or those of the rule."""
-    n_tokens, in_features = x.shape
-    arch = architecture(x.device)
+@cache
+def choose_config(
+    device: torch.device,
+    n_tokens: int,
+    out_features: int,
+    in_features: int,
+    format_name: str,
+    group_size: int,
+) -> MatmulConfig:
+    """Return the tuned tiles for a product on this device, or those of the rule; looked up once for each shape."""
+    fmt = get_format(format_name)
+    arch = architecture(device)
     key = matmul_key(arch, n_tokens, out_features, in_features, fmt.bits, fmt.n_terms, group_size)
     return tuned_table().get(key) or default_matmul(
-        arch, n_tokens, out_features, in_features, fmt, group_size, n_processors(x.device)
+        arch, n_tokens, out_features, in_features, fmt, group_size, n_processors(device)
     )
 
 

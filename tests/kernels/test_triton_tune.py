@@ -42,12 +42,24 @@ def test_damaged_table_is_refused(tmp_path, text):
 
 def test_tuned_entry_is_taken_and_another_shape_follows_the_rule(monkeypatch):
     tuned = MatmulConfig(64, 16, 1, 2, 4, 5)
-    x = torch.randn(3, 256)
-    fmt = triton_linear.get_format("int4")
+    device = torch.device("cpu")
     key = matmul_key("cpu", 3, 96, 256, 4, 1, 64)
+    choose = triton_linear.choose_config
+    choose.cache_clear()
     monkeypatch.setattr(triton_linear, "tuned_table", lambda: {key: tuned})
-    assert triton_linear.choose_config(x, 96, fmt, 64) == tuned
-    assert triton_linear.choose_config(x, 97, fmt, 64) == default_matmul("cpu", 3, 97, 256, fmt, 64, 8)
+    assert choose(device, 3, 96, 256, "int4", 64) == tuned
+    rule = default_matmul("cpu", 3, 97, 256, get_format("int4"), 64, 8)
+    assert choose(device, 3, 97, 256, "int4", 64) == rule
+    choose.cache_clear()
+
+
+def test_tiles_of_a_shape_are_looked_up_once(monkeypatch):
+    found = []
+    monkeypatch.setattr(triton_linear, "tuned_table", lambda: found.append(1) or {})
+    triton_linear.choose_config.cache_clear()
+    for _ in range(3):
+        triton_linear.choose_config(torch.device("cpu"), 3, 96, 256, "int4", 64)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("n_tokens", [1, 17, 64, 250])
