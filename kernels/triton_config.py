@@ -23,6 +23,34 @@ SHIPPED = Path(__file__).with_name("triton_tuned.json")
 MAX_FUSED_TOKENS = 256
 """Above it the weight is dequantized once and the vendor's product taken."""
 
+_EXCEPTIONS = {
+    ("sm_80", 4, 1, True, 16, 8, False): 64,
+    ("sm_80", 4, 2, False, 32, 32, False): 128,
+    ("sm_100", 2, 1, True, 64, 32, True): 32,
+    ("sm_100", 2, 1, True, 0, 16, False): 128,
+    ("sm_100", 2, 2, False, 0, 8, False): 128,
+    ("sm_100", 4, 2, False, 0, 32, True): 128,
+    ("sm_120", 1, 1, True, 0, 32, False): 64,
+    ("sm_120", 1, 1, True, 16, 8, False): 64,
+    ("sm_120", 1, 1, True, 128, 8, True): 128,
+    ("sm_120", 2, 1, True, 16, 8, True): 128,
+    ("sm_120", 2, 1, True, 32, 8, True): 128,
+    ("sm_120", 2, 1, True, 64, 8, True): 128,
+    ("sm_120", 2, 2, False, 64, 16, True): 32,
+    ("sm_120", 2, 2, False, 128, 64, True): 128,
+    ("sm_120", 3, 1, True, 16, 16, True): 128,
+    ("sm_120", 4, 2, False, 0, 16, False): 32,
+    ("sm_120", 4, 2, False, 0, 64, False): 128,
+    ("sm_120", 4, 2, False, 64, 64, False): 32,
+    ("sm_120", 4, 2, False, 64, 64, True): 128,
+    ("sm_120", 8, 1, True, 0, 64, True): 32,
+    ("sm_120", 8, 1, True, 64, 64, False): 128,
+    ("sm_120", 8, 1, True, 64, 64, True): 128,
+    ("sm_120", 8, 1, True, 128, 64, True): 128,
+}
+"""Outputs of a tile where ptxas spills a register or two of those of the rule, compiled with Triton 3.9; the keys are
+(GPU, bits, terms, whether there are zero points, group size, tokens of a tile, whether the last block is shorter)."""
+
 TENSOR_MEMORY = ("sm_100", "sm_101", "sm_103", "sm_110")
 
 
@@ -109,14 +137,17 @@ def default_matmul(
         A configuration with up to eight warps for each processor, if each program then still has four iterations.
     """
     block_m = next((m for m in (8, 16, 32) if n_tokens <= m), 64)
+    block_n = _outputs_of_tile(arch, block_m, in_features, fmt, group_size)
     # For few tokens four warps would take the products of warp groups (sm_90) or of tensor memory (sm_100), which wait
-    # or copy at each plane of codes: 1.3 to 2 times the instructions. For many, four have too few registers but there.
-    warps = 2 if block_m <= 16 else 4 if block_m == 32 or arch == "sm_90" else 8
+    # or copy at each plane of codes: 1.3 to 2 times the instructions. For many, four have too few registers for 128
+    # outputs but on sm_90; of 64 outputs eight would unpack each weight twice, as four would of 32.
+    warps = (
+        2 if block_m <= 16 or block_n == 32 else 4 if block_m == 32 or block_n < 128 or arch == "sm_90" else 8
+    )
     if traps(arch, group_size):
         warps = 2
     # Two blocks of 8-bit codes, and two beside the code for a shorter last block, need more registers than there are.
     blocks = 1 if group_size or fmt.bits == 8 or in_features % 128 else 2
-    block_n = _outputs_of_tile(arch, block_m, in_features, fmt, group_size)
     tiles = -(-out_features // block_n) * -(-n_tokens // block_m)
     iterations = in_features // (128 * blocks)
     splits = 1
@@ -139,12 +170,19 @@ def _outputs_of_tile(arch: str, block_m: int, in_features: int, fmt: Format, gro
 
     64 outputs take about a tenth more instructions for each weight than 128, and 32 a quarter more than 64.
     """
-    if block_m == 64 and traps(arch, group_size):
+    has_tail = in_features % 128 != 0
+    kernel = (arch, fmt.bits, fmt.n_terms, fmt.has_zero, group_size, block_m, has_tail)
+    if kernel in _EXCEPTIONS:
+        return _EXCEPTIONS[kernel]
+    if traps(arch, group_size) and (block_m == 64 or (block_m == 32 and fmt.n_terms > 1)):
         return 32
-    has_tail = in_features % 128 != 0 and group_size > 0
-    if has_tail or (block_m == 64 and 0 < group_size < 128) or (block_m > 16 and traps(arch, group_size)):
+    if (
+        (has_tail and group_size)
+        or (block_m == 64 and 0 < group_size < 128)
+        or (block_m > 16 and traps(arch, group_size))
+    ):
         return 64
     if fmt.n_terms > 1:
         return 64 if block_m > 8 or group_size != 128 else 128
-    is_wide = fmt.bits == 2 and group_size == 0 and (fmt.has_zero or (arch == "sm_120" and block_m == 16))
-    return 64 if is_wide else 128
+    is_full = fmt.bits == 2 and group_size == 0 and (fmt.has_zero or (arch == "sm_120" and block_m == 16))
+    return 64 if is_full else 128

@@ -85,10 +85,16 @@ def test_rule_gives_tiles_that_the_kernel_takes(n_tokens, in_features, group_siz
         ("sm_90", 1, 4096, "ternary2", 128, 128),
         ("sm_90", 16, 4096, "ternary2", 128, 64),
         ("sm_100", 32, 4096, "int4", 64, 64),
+        ("sm_100", 64, 4096, "int4", 64, 32),
+        ("sm_120", 64, 4112, "int4", 0, 128),
+        ("sm_120", 8, 4112, "binary", 128, 128),
+        ("sm_120", 8, 4112, "binary", 64, 64),
         ("sm_100", 32, 4096, "int4", 128, 128),
     ],
 )
-def test_tiles_are_narrow_where_wide_ones_spill(arch, n_tokens, in_features, name, group_size, block_n):
+def test_outputs_of_a_tile_are_those_that_spill_nothing(
+    arch, n_tokens, in_features, name, group_size, block_n
+):
     rule = default_matmul(arch, n_tokens, 4096, in_features, get_format(name), group_size, 132)
     assert rule.block_n == block_n
 
