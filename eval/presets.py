@@ -64,6 +64,7 @@ PRESETS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2.5-vl-7b": _qwen2_5_vl_7b,
     "llama-7b": lambda: _llama(4096, 11008, 32, 32, 32000),
     "llama-2048": lambda: _llama(2048, 5632, 16, 32, 32000),
+    "llama-1536": lambda: _llama(1536, 4096, 15, 24, 32000),
     "llama-tiny": lambda: _llama(128, 256, 2, 4, 512),
 }
 
