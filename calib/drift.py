@@ -116,9 +116,10 @@ class OutputShift:
             self._total += float(s.sum())
 
     def result(self) -> Tensor:
-        """R, (out_features, in_features) float32, once `inputs` has been read to its end."""
+        """R, (out_features, in_features) float32, once `inputs` has been read to its end; it is given away."""
         assert self._sum is not None
-        return self._sum / self._total
+        total, self._sum = self._sum, None
+        return total.div_(self._total)
 
 
 def _observe(

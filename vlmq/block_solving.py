@@ -15,7 +15,8 @@ from vlmq.calib.drift import OutputShift, find_sum_point
 from vlmq.calib.statistics import Statistics, collect_statistics
 from vlmq.calib.walk import calls_in_order
 from vlmq.formats import QuantizedWeight
-from vlmq.linalg import DAMP, damp_and_factor, proxy_loss, shift_target
+from vlmq.heap import trim_heap
+from vlmq.linalg import DAMP, damped, find_damping, proxy_loss, shift_target
 from vlmq.report import LayerReport
 from vlmq.run import Run
 from vlmq.solvers import run_recipe
@@ -48,9 +49,11 @@ def _quantize_group(
         statistics = collect_statistics(block, names, given, with_shift=run.alpha > 0)
     else:
         statistics = collect_statistics(block, names, given, with_shift=False, source=drift.inputs())
+    trim_heap()
     for members in _same_problem(run, prefix, names, statistics):
-        shift = None if drift is None else drift.result()
-        solve_together(run, prefix, members, statistics[members[0]], shift)
+        solve_together(
+            run, prefix, members, statistics[members[0]], None if drift is None else drift.result()
+        )
 
 
 def _output_shift(run: Run, block: Block, name: str, weights: dict[str, list[Tensor]]) -> OutputShift | None:
@@ -97,10 +100,12 @@ def solve_together(
     scheme = run.plan.schemes[prefix + names[0]]
     weight = torch.cat([layer.weight.float() for layer in layers])
     try:
-        damped = damp_and_factor(statistics.H, float(scheme.options.get("damp", DAMP)))
+        damping = find_damping(statistics.H, float(scheme.options.get("damp", DAMP)))
         if shift is None and statistics.D is not None:
             shift = weight @ statistics.D
-        target = weight if shift is None else shift_target(weight, shift, damped.hessian, run.alpha)
+        with damped(statistics.H, damping):
+            target = weight if shift is None else shift_target(weight, shift, statistics.H, run.alpha)
+        del shift
         quantized = run_recipe(
             str(scheme.solver),
             weight,
@@ -113,10 +118,13 @@ def solve_together(
         )
     except RuntimeError as error:
         raise RuntimeError(f"layers {prefix}{{{','.join(names)}}}: {error}") from error
-    lost = proxy_loss(quantized.dequantize(), target, damped.hessian)
-    scale = proxy_loss(torch.zeros_like(target), target, damped.hessian)
+    del weight
+    with damped(statistics.H, damping):
+        lost = proxy_loss(quantized.dequantize(), target, statistics.H)
+        scale = proxy_loss(torch.zeros_like(target), target, statistics.H)
+    del target
     seconds = (time.perf_counter() - started) / len(layers)
-    notes += (f"damp raised {damped.n_retries} times",) if damped.n_retries else ()
+    notes += (f"damp raised {damping.n_retries} times",) if damping.n_retries else ()
     rows = [layer.weight.shape[0] for layer in layers]
     for name, part, loss, total in zip(
         names, _split(quantized, rows), lost.split(rows), scale.split(rows), strict=True
@@ -131,7 +139,7 @@ def solve_together(
             n_weights=run.plan.n_weights[full],
             n_tokens=statistics.n_tokens,
             n_effective=statistics.n_effective,
-            damp=damped.damp,
+            damp=damping.damp,
             seconds=seconds,
             notes=notes,
         )

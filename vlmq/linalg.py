@@ -7,6 +7,8 @@ Every solver minimises, over weights What on a grid,
 with T the target of (out_features, in_features) and H the weighted second moment of the inputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,27 +16,27 @@ from torch import Tensor
 
 DAMP = 0.01
 DAMP_RETRIES = 6
+SLICE_COLUMNS = 512
 
 
 @dataclass(frozen=True)
-class Damped:
-    """A positive definite hessian, the upper factor U of its inverse (H^-1 = U^T U), and the damping used."""
+class Damping:
+    """The diagonal (in_features,) that makes a hessian positive definite, and the damping that it has."""
 
-    hessian: Tensor
-    factor: Tensor
+    diagonal: Tensor
     damp: float
     n_retries: int
 
 
-def damp_and_factor(hessian: Tensor, damp: float = DAMP) -> Damped:
-    """Add `damp` times the mean diagonal to the hessian and factor its inverse.
+def find_damping(hessian: Tensor, damp: float = DAMP) -> Damping:
+    """Add `damp` times the mean diagonal to the hessian, and see whether its inverse can be factored.
 
     The damping is raised tenfold, at most DAMP_RETRIES times, while the Cholesky factorisation fails; the
     damping that was used is returned, so that it can be reported. Inputs that are always zero get the mean
-    diagonal, which leaves their weights without influence on the others.
+    diagonal, which leaves their weights without influence on the others. Memory: two matrices of the hessian's size.
 
     Args:
-        hessian: (in_features, in_features) float32, symmetric, positive semidefinite.
+        hessian: (in_features, in_features) float32, symmetric, positive semidefinite; at the end as it was.
         damp: fraction of the mean diagonal.
 
     Raises:
@@ -48,19 +50,40 @@ def damp_and_factor(hessian: Tensor, damp: float = DAMP) -> Damped:
         )
     for retry in range(DAMP_RETRIES + 1):
         used = damp * 10**retry
-        damped = hessian.clone()
-        damped.diagonal().add_(used * mean)
-        damped.diagonal()[diagonal == 0] = mean
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if info.item() == 0:
-            factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if info.item() == 0 and torch.isfinite(factor).all():
-                return Damped(damped, factor, used, retry)
+        found = Damping((diagonal + used * mean).masked_fill_(diagonal == 0, mean), used, retry)
+        with damped(hessian, found):
+            if inverse_factor(hessian) is not None:
+                return found
     smallest = torch.linalg.eigvalsh(hessian.double())[0].item()
     raise RuntimeError(
         f"Cholesky failed {DAMP_RETRIES + 1} times, last with damp {used:g}; smallest eigenvalue {smallest:g}, "
         f"mean diagonal {mean:g}: raise damp or use more calibration tokens"
     )
+
+
+@contextmanager
+def damped(hessian: Tensor, damping: Damping) -> Iterator[None]:
+    """Damp a hessian in place, until the end: a copy would be the largest matrix of a wide layer once more."""
+    before = hessian.diagonal().clone()
+    try:
+        hessian.diagonal().copy_(damping.diagonal)
+        yield
+    finally:
+        hessian.diagonal().copy_(before)
+
+
+def inverse_factor(hessian: Tensor) -> Tensor | None:
+    """The upper factor U of the inverse, H^-1 = U^T U; None if it cannot be computed.
+
+    Memory: two matrices of the hessian's size, beside it unless the caller has let go of it.
+    """
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    del hessian
+    if info.item() != 0:
+        return None
+    inverse = torch.cholesky_inverse(lower, out=lower)
+    factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    return factor if info.item() == 0 and bool(torch.isfinite(factor).all()) else None
 
 
 def shift_target(weight: Tensor, shift: Tensor, hessian: Tensor, alpha: float) -> Tensor:
@@ -77,10 +100,25 @@ def shift_target(weight: Tensor, shift: Tensor, hessian: Tensor, alpha: float) -
     """
     if alpha == 0:
         return weight
-    return weight + alpha * torch.cholesky_solve(shift.T, torch.linalg.cholesky(hessian)).T
+    solved = torch.cholesky_solve(shift.T, torch.linalg.cholesky(hessian)).T
+    return solved.mul_(alpha).add_(weight)
 
 
 def proxy_loss(quantized: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
     """Return tr[(What - T) H (What - T)^T] for each row, (out_features,) float32."""
     error = quantized - target
-    return ((error @ hessian) * error).sum(1)
+    return (error @ hessian).mul_(error).sum(1)
+
+
+def subtract_product(result: Tensor, a: Tensor, b: Tensor) -> None:
+    """Subtract a b from `result` in place, some columns at a time, so that the product is never there as a whole.
+
+    Args:
+        result: (n, m) float32.
+        a: (n, k) float32.
+        b: (k, m) float32.
+    """
+    n_columns = result.shape[1]
+    for start in range(0, max(1, n_columns - SLICE_COLUMNS + 1), SLICE_COLUMNS):
+        end = start + SLICE_COLUMNS if start + 2 * SLICE_COLUMNS <= n_columns else n_columns
+        result[:, start:end] -= a @ b[:, start:end]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlmq.formats import FORMATS, get_format
-from vlmq.linalg import damp_and_factor, proxy_loss, shift_target
+from vlmq.linalg import damped, find_damping, inverse_factor, proxy_loss, shift_target
 from vlmq.solvers import REFINEMENTS, SOLVERS, run_recipe
 from vlmq.solvers.grid import fit_grid, fit_ternary, grid_values, round_to_grid
 
@@ -22,6 +22,11 @@ def problem(out_features: int, in_features: int, seed: int = 0) -> tuple[torch.T
         + torch.randn(in_features, generator=g) * 0.3
     )
     return torch.randn(out_features, in_features, generator=g), x.T @ x / len(x)
+
+
+def damped_copy(H: torch.Tensor) -> torch.Tensor:
+    with damped(H, find_damping(H)):
+        return H.clone()
 
 
 def solve(recipe: str, W, H, format: str, group_size, **options):
@@ -72,7 +77,7 @@ def test_feedback_beats_rounding_and_descent_beats_feedback(format):
 @pytest.mark.parametrize("start", ["rtn", "gptq"])
 def test_refinement_never_raises_the_damped_loss(format, start):
     W, H = problem(9, 50, seed=3)
-    damped = damp_and_factor(H).hessian
+    damped = damped_copy(H)
     before = solve(start, W, H, format, 16)
     rows = proxy_loss(before.dequantize(), W, damped)
     for refine in REFINEMENTS.values():
@@ -85,7 +90,7 @@ def test_feedback_is_the_textbook_loop():
     W, H = problem(6, 24, seed=1)
     format = get_format("int4")
     quantized = solve("gptq", W, H, "int4", None, act_order=False, scale_factors=(1.0,))
-    damped = damp_and_factor(H).hessian.double()
+    damped = damped_copy(H).double()
     U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     w = W.double().clone()
     scale = quantized.scales[:, 0, 0].double()
@@ -100,7 +105,7 @@ def test_feedback_is_the_textbook_loop():
 def test_descent_ends_in_a_coordinatewise_minimum():
     W, H = problem(3, 12, seed=2)
     quantized = solve("gptq+cd", W, H, "int2", None, n_sweeps=50, tolerance=0.0)
-    damped = damp_and_factor(H).hessian
+    damped = damped_copy(H)
     base = proxy_loss(quantized.dequantize(), W, damped)
     for column, code in itertools.product(range(12), range(4)):
         moved = quantized.codes.clone()
@@ -198,12 +203,27 @@ def test_bad_names_options_and_hessians_are_named():
 def test_damping_is_raised_and_recorded():
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 1.05
-    damped = damp_and_factor(H, 0.01)
-    assert damped.n_retries == 1
-    assert damped.damp == pytest.approx(0.1)
+    damping = find_damping(H, 0.01)
+    assert damping.n_retries == 1
+    assert damping.damp == pytest.approx(0.1)
     H[0, 1] = H[1, 0] = 1e6
     with pytest.raises(RuntimeError, match="smallest eigenvalue"):
-        damp_and_factor(H, 1e-9)
+        find_damping(H, 1e-9)
+
+
+def test_a_hessian_is_damped_in_place_and_left_as_it_was():
+    _, H = problem(1, 12)
+    H[3] = H[:, 3] = 0
+    before, damping = H.clone(), find_damping(H)
+    assert torch.equal(H, before)
+    with damped(H, damping):
+        assert torch.allclose(H - before, torch.diag(damping.diagonal - before.diagonal()))
+        assert H[3, 3] == before.diagonal().mean()
+        U = inverse_factor(H)
+        assert U is not None
+        assert torch.allclose(U.T @ U @ H, torch.eye(12), atol=1e-4)
+    assert torch.equal(H, before)
+    assert inverse_factor(-H) is None
 
 
 @pytest.mark.parametrize("format", ["int2", "int4-sym"])

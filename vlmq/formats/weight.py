@@ -4,12 +4,16 @@ Scales are float16 and zero points bytes from the moment they are fitted, so a s
 values that a checkpoint stores, and saving loses nothing.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmq.formats.format import GROUP_SIZES, Format
+
+SLICE_VALUES = 2**18
+SLICE_ROWS = 64
 
 
 def n_groups(in_features: int, group_size: int | None) -> int:
@@ -30,6 +34,17 @@ def expand_groups(values: Tensor, group_size: int | None, in_features: int) -> T
     """
     size = in_features if group_size is None else group_size
     return values.repeat_interleave(size, dim=1)[:, :in_features]
+
+
+def row_slices(n_rows: int, n_columns: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix, of about SLICE_VALUES values, so that what goes row by row takes little memory.
+
+    All but the last are multiples of SLICE_ROWS, and the last is no shorter than the others: vector instructions end
+    at the same rows as without slices, and no product becomes one of a few rows, so the bits are the same.
+    """
+    size = SLICE_ROWS * max(1, SLICE_VALUES // (n_columns * SLICE_ROWS))
+    starts = range(0, max(1, n_rows - size + 1), size)
+    return (slice(start, start + size if start + 2 * size <= n_rows else n_rows) for start in starts)
 
 
 @dataclass(frozen=True)
@@ -71,11 +86,19 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights, (out_features, in_features) in `dtype`, computed in float32."""
-        in_features = self.codes.shape[1]
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         levels = torch.tensor(self.format.levels, dtype=torch.float32, device=self.codes.device)
-        values = levels[self.codes.long()]  # (out_features, in_features, n_terms)
+        for rows in row_slices(*self.codes.shape):
+            weight[rows] = self._dequantize_rows(rows, levels)
+        return weight
+
+    def _dequantize_rows(self, rows: slice, levels: Tensor) -> Tensor:
+        in_features = self.codes.shape[1]
+        values = levels[self.codes[rows].long()]  # (n_rows, in_features, n_terms)
         if self.zeros is not None:
-            zeros = expand_groups(self.zeros, self.group_size, in_features).float() * self.format.zero_step
+            zeros = (
+                expand_groups(self.zeros[rows], self.group_size, in_features).float() * self.format.zero_step
+            )
             values = values - zeros[..., None]
-        scales = expand_groups(self.scales, self.group_size, in_features).float()
-        return (values * scales).sum(-1).to(dtype)
+        scales = expand_groups(self.scales[rows], self.group_size, in_features).float()
+        return (values * scales).sum(-1)

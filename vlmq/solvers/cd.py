@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmq.formats import Format, QuantizedWeight
-from vlmq.linalg import damp_and_factor
+from vlmq.linalg import damped, find_damping, subtract_product
 from vlmq.solvers.grid import Grid, align, round_to_grid
 from vlmq.solvers.rtn import fit_groups
 
@@ -40,22 +40,28 @@ def refine(
         tolerance: stop when a pass lowers the loss by less than this fraction.
         refit_grid: refit each group's grid after its columns.
     """
-    H = damp_and_factor(hessian, damp).hessian
+    with damped(hessian, find_damping(hessian, damp)):
+        return _descend(quantized, target, hessian, n_sweeps, tolerance, refit_grid)
+
+
+def _descend(
+    quantized: QuantizedWeight, target: Tensor, H: Tensor, n_sweeps: int, tolerance: float, refit_grid: bool
+) -> QuantizedWeight:
+    """`refine` with the damped hessian. Memory: target, values, R and one difference, 16 bytes for each weight."""
     format, in_features = quantized.format, target.shape[1]
     size = in_features if quantized.group_size is None else quantized.group_size
-    codes = quantized.codes.float()
+    codes = quantized.codes.clone()
     scales = quantized.scales.float()
     zeros = None if quantized.zeros is None else quantized.zeros.float() * format.zero_step
-    values = quantized.dequantize()
-    R = (target - values) @ H
-    loss = ((target - values) * R).sum()
+    values, R = quantized.dequantize(), torch.empty_like(target)
+    loss = _residual(values, target, H, R)
     groups = list(enumerate(torch.arange(in_features, device=H.device).split(size)))
     groups.sort(key=lambda g: H.diagonal()[g[1]].mean().item(), reverse=True)
     for _ in range(n_sweeps):
         for g, columns in groups:
             a, b = int(columns[0]), int(columns[-1]) + 1
             grid = Grid(scales[:, g], None if zeros is None else zeros[:, g])
-            block = _sweep(values[:, a:b], codes[:, a:b], R[:, a:b], H[a:b, a:b], grid, format)
+            block = _sweep(values[:, a:b], codes[:, a:b].float(), R[:, a:b], H[a:b, a:b], grid, format)
             if refit_grid:
                 gradient = R[:, a:b] - (block[1] - values[:, a:b]) @ H[a:b, a:b]
                 grid, aligned = align(*block, gradient, H[a:b, a:b], grid, format)
@@ -64,14 +70,20 @@ def refine(
                 if zeros is not None and grid.zeros is not None:
                     zeros[:, g] = grid.zeros
             new_codes, new_values = block
-            R -= (new_values - values[:, a:b]) @ H[a:b]
+            subtract_product(R, new_values - values[:, a:b], H[a:b])
             codes[:, a:b], values[:, a:b] = new_codes, new_values
-        R = (target - values) @ H
-        previous, loss = loss, ((target - values) * R).sum()
+        previous, loss = loss, _residual(values, target, H, R)
         if previous - loss < tolerance * previous:
             break
     stored_zeros = None if zeros is None else (zeros / format.zero_step).round().to(torch.uint8)
-    return QuantizedWeight(codes.to(torch.uint8), scales.half(), stored_zeros, format, quantized.group_size)
+    return QuantizedWeight(codes, scales.half(), stored_zeros, format, quantized.group_size)
+
+
+def _residual(values: Tensor, target: Tensor, H: Tensor, R: Tensor) -> Tensor:
+    """Put (target - values) H into R; returns the loss, a float32 scalar."""
+    error = target - values
+    torch.mm(error, H, out=R)
+    return error.mul_(R).sum()
 
 
 def _sweep(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmq.formats import Format, QuantizedWeight, n_groups
-from vlmq.linalg import damp_and_factor
+from vlmq.linalg import damped, find_damping, inverse_factor, subtract_product
 from vlmq.solvers.grid import Grid, fit_grid, round_to_grid, stored
 
 
@@ -56,15 +56,16 @@ def solve(
         scale_factors: the fitted scales times these are the candidates of each group.
         n_steps: alternations of the grid fit; 0 takes the full range of each group, without any search.
     """
-    damped = damp_and_factor(hessian, damp)
     in_features = weight.shape[1]
     size = in_features if group_size is None else group_size
     order = column_order(hessian.diagonal(), size, act_order)
     permutation = torch.cat(order)
-    H = damped.hessian[permutation][:, permutation]
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    W = target[:, permutation].clone()
-    codes = torch.empty_like(W)
+    with damped(hessian, find_damping(hessian, damp)):
+        U = inverse_factor(hessian[permutation[:, None], permutation])
+    if U is None:
+        raise RuntimeError("Cholesky failed for the columns in the order of visit: raise damp")
+    W = target[:, permutation]
+    codes = torch.empty_like(W, dtype=torch.uint8)
     scales = W.new_empty(W.shape[0], n_groups(in_features, group_size), format.n_terms)
     zeros = W.new_empty(scales.shape[:2]) if format.has_zero else None
     start = 0
@@ -72,20 +73,17 @@ def solve(
         end = start + columns.numel()
         group = int(columns[0]) // size
         block = W[:, start:end]
-        importance = U.diagonal()[start:end] ** -2
-        grid = fit_grid(block, importance, format, n_steps)
-        group_codes, error, grid = _best_candidate(
+        grid = fit_grid(block, U.diagonal()[start:end] ** -2, format, n_steps)
+        codes[:, start:end], error, grid = _best_candidate(
             block, U[start:end, start:end], grid, format, scale_factors
         )
-        W[:, end:] -= error @ U[start:end, end:]
-        codes[:, start:end] = group_codes
+        subtract_product(W[:, end:], error, U[start:end, end:])
         scales[:, group] = grid.scales
         if zeros is not None and grid.zeros is not None:
             zeros[:, group] = grid.zeros / format.zero_step
         start = end
-    inverse = permutation.argsort()
     return QuantizedWeight(
-        codes[:, inverse].to(torch.uint8),
+        codes[:, permutation.argsort()],
         scales.half(),
         None if zeros is None else zeros.round().to(torch.uint8),
         format,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmq.formats import Format, QuantizedWeight, n_groups
+from vlmq.formats import Format, QuantizedWeight, n_groups, row_slices
 from vlmq.solvers.grid import fit_grid, round_to_grid
 
 
@@ -57,7 +57,7 @@ def solve_kmeans(
 def fit_groups(
     weight: Tensor, importance: Tensor, format: Format, group_size: int | None, n_steps: int
 ) -> QuantizedWeight:
-    """Fit and round all groups of a matrix at once.
+    """Fit and round all groups of a matrix, a slice of rows at a time.
 
     Args:
         weight: (out_features, in_features) float32.
@@ -70,17 +70,16 @@ def fit_groups(
     groups = n_groups(in_features, group_size)
     size = group_size or in_features
     missing = groups * size - in_features
-    rows = pad(weight, (0, missing)).view(out_features * groups, size)
-    h = pad(importance, (0, missing)).view(1, groups, size).expand(out_features, -1, -1).reshape(-1, size)
-    grid = fit_grid(rows, h, format, n_steps)
-    codes, _ = round_to_grid(rows, grid, format)
-    zeros = None
-    if grid.zeros is not None:
-        zeros = (grid.zeros / format.zero_step).round().to(torch.uint8).view(out_features, groups)
-    return QuantizedWeight(
-        codes.view(out_features, groups * size)[:, :in_features].to(torch.uint8).contiguous(),
-        grid.scales.half().view(out_features, groups, format.n_terms),
-        zeros,
-        format,
-        group_size,
-    )
+    h = pad(importance, (0, missing)).view(1, groups, size)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales = weight.new_empty(out_features, groups, format.n_terms, dtype=torch.float16)
+    zeros = weight.new_empty(out_features, groups, dtype=torch.uint8) if format.has_zero else None
+    for rows in row_slices(out_features, in_features):
+        part = pad(weight[rows], (0, missing)).view(-1, size)  # (n_rows * groups, size)
+        grid = fit_grid(part, h.expand(len(part) // groups, -1, -1).reshape(-1, size), format, n_steps)
+        nearest, _ = round_to_grid(part, grid, format)
+        codes[rows] = nearest.view(-1, groups * size)[:, :in_features].to(torch.uint8)
+        scales[rows] = grid.scales.half().view(-1, groups, format.n_terms)
+        if zeros is not None and grid.zeros is not None:
+            zeros[rows] = (grid.zeros / format.zero_step).round().to(torch.uint8).view(-1, groups)
+    return QuantizedWeight(codes, scales, zeros, format, group_size)
