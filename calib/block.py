@@ -32,7 +32,7 @@ class Block:
     Attributes:
         spec: path in the model and part.
         module: the live block in the model; the consumer replaces its linear layers in place.
-        original: a full-precision copy of it.
+        original: a full-precision copy of it, with the same parameters, which are not written to.
         inputs: calls of the quantized path, all blocks before this one being quantized.
         original_inputs: calls of the full-precision path; entry i is the same object as `inputs[i]` as long
             as both paths are equal.

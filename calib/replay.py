@@ -120,6 +120,11 @@ class Replay:
         self._run(index, path, {module: listen})
         return outputs
 
+    def stored(self, path: str, index: int) -> Iterator[Tensor]:
+        """The tensors that are stored of one batch."""
+        for outputs in self.outputs[path].values():
+            yield from (leaf for leaf in leaves(outputs.get(index, [])) if isinstance(leaf, Tensor))
+
     def keep(self, name: str, numbers: set[int]) -> None:
         """Of the stored outputs of a module keep the tensors of those numbers; forget the others."""
         for stored in {id(s[name]): s[name] for s in self.outputs.values() if name in s}.values():

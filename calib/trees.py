@@ -5,7 +5,7 @@ one.
 """
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,11 @@ def share(tree: Any, other: Any) -> Any:
         return other
     merged = iter(b if is_same else a for a, b, is_same in zip(mine, theirs, same, strict=True))
     return map_leaves(lambda _: next(merged), tree)
+
+
+def known_leaves(tree: Any, known: Sequence[Tensor | Dropped]) -> Any:
+    """The tree with each tensor that equals one of `known` replaced by that one."""
+    return map_leaves(lambda leaf: next((other for other in known if _equal(leaf, other)), leaf), tree)
 
 
 def _equal(a: Tensor | Dropped, b: Tensor | Dropped) -> bool:

@@ -5,13 +5,14 @@ ones did; as long as nothing has been changed they are one. Both go through the 
 (`replay`). A vision tower is stored as a whole when its blocks are done, so that a block of the language
 model never runs it again.
 
-Memory: per batch and path the arguments and the output of one block, plus those outputs that later blocks
-    read
-(`trace`), all in CPU memory. Cost: linear in the number of blocks, each block runs once per batch and path.
+Memory: per batch and path the arguments and the output of one block, plus those outputs that later blocks read
+(`trace`), all in CPU memory; what is both output and argument is held once. The full-precision copy of a block shares
+its parameters. Cost: linear in the number of blocks, each block runs once per batch and path.
 """
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from vlmq.calib.layer_inputs import calls_in_order, layer_inputs
 from vlmq.calib.replay import Outputs, Replay, calibration_mode
 from vlmq.calib.tokens import IMAGE, TEXT, CalibBatch
 from vlmq.calib.trace import Trace, signature, trace, walk_order
-from vlmq.calib.trees import first_tensor, load, offload, share
+from vlmq.calib.trees import first_tensor, known_leaves, leaves, load, offload, share
 from vlmq.families import PARTS, BlockSpec, Layout
 
 __all__ = ["Block", "BlockCall", "calls_in_order", "layer_inputs", "walk_blocks"]
@@ -39,6 +40,8 @@ def walk_blocks(
     names: Collection[str] | None = None,
 ) -> Iterator[Block]:
     """Yield the blocks one by one; the consumer may replace linear layers before it asks for the next.
+
+    It replaces modules or parameters, and never writes to a parameter: the full-precision copy has the same.
 
     Args:
         model: on one device. Training flags and configs are restored at the end, also after an error;
@@ -151,7 +154,7 @@ class _Walk:
         block = Block(
             spec=spec,
             module=module,
-            original=copy.deepcopy(module),
+            original=copy.deepcopy(module, {id(p): p for p in module.parameters()}),
             inputs=[call for i in calls for call in quantized[i]],
             original_inputs=[call for i in calls for call in calls[i]],
             original_outputs=[],
@@ -210,10 +213,20 @@ class _Walk:
     def _capture(
         self, name: str, n_calls: dict[int, int], path: str
     ) -> tuple[dict[int, list[BlockCall]], Outputs]:
-        captured = {i: self.replay.capture(name, i, n, path) for i, n in n_calls.items()}
-        return {i: calls for i, (calls, _) in captured.items()}, {
-            i: outputs for i, (_, outputs) in captured.items()
-        }
+        """The calls of a block, and its outputs if it was run.
+
+        A tensor that is stored already, as an output of the block before or as an argument in the batch before (masks,
+        positions), is held once.
+        """
+        captured: dict[int, list[BlockCall]] = {}
+        outputs: Outputs = {}
+        last: list[Any] = []
+        for i, n in n_calls.items():
+            calls, outputs[i] = self.replay.capture(name, i, n, path)
+            known = [*self.replay.stored(path, i), *last]
+            captured[i] = [BlockCall(*known_leaves((call.args, call.kwargs), known)) for call in calls]
+            last = list(leaves([(call.args, call.kwargs) for call in captured[i]]))
+        return captured, outputs
 
     def _run(self, block: Block, i: int, *, original: bool) -> object:
         module, calls = (block.original, block.original_inputs) if original else (block.module, block.inputs)

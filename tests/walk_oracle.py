@@ -63,7 +63,7 @@ def assert_same_calls(calls: list, plain: list, where: str) -> None:
 def perturb(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is nn.Linear:
-            layer.weight.data.mul_(1.25)
+            layer.weight = nn.Parameter(1.25 * layer.weight.detach())
 
 
 def all_names(model: PreTrainedModel) -> list[str]:

@@ -50,9 +50,9 @@ def test_shift_is_zero_on_equal_paths_and_undoes_the_drift_of_a_perturbed_one(na
         R = shift.result()
         if i == 0:
             assert torch.count_nonzero(R) == 0
-            with torch.no_grad():
-                for layer in block.linears().values():
-                    layer.weight.mul_(1 + 0.1 * torch.randn_like(layer.weight))
+            for layer in block.linears().values():
+                weight = layer.weight.detach()
+                layer.weight = torch.nn.Parameter(weight * (1 + 0.1 * torch.randn_like(weight)))
             continue
         u = torch.cat([x[name] for x in layer_inputs(block, [name])])
         H = u.T @ u / len(u)
@@ -60,8 +60,7 @@ def test_shift_is_zero_on_equal_paths_and_undoes_the_drift_of_a_perturbed_one(na
         layer = block.linears()[name]
         before = drift(block, point)
         step = torch.linalg.solve(H + 1e-6 * torch.eye(len(H)), R.T).T
-        with torch.no_grad():
-            layer.weight.add_(step)
+        layer.weight = torch.nn.Parameter(layer.weight.detach() + step)
         after = drift(block, point)
         torch.testing.assert_close(before - (step @ u.T).T, after, rtol=1e-3, atol=1e-4)
         assert after.norm() < before.norm()

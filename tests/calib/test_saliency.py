@@ -36,7 +36,7 @@ def disturb(block_module: nn.Module, generator: torch.Generator) -> None:
     for module in block_module.modules():
         if type(module) is nn.Linear:
             noise = torch.randn(module.weight.shape, generator=generator)
-            module.weight.data += 0.03 * noise
+            module.weight = nn.Parameter(module.weight.detach() + 0.03 * noise)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -42,7 +42,8 @@ def second_block(family: str, dtype: torch.dtype = torch.float64, prefix: str = 
             return block
         is_next = True
         for layer in block.linears().values():
-            layer.weight.data += 0.03 * torch.randn_like(layer.weight)
+            weight = layer.weight.detach()
+            layer.weight = torch.nn.Parameter(weight + 0.03 * torch.randn_like(weight))
     raise AssertionError(f"no second block under {prefix!r}")
 
 
