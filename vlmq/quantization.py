@@ -176,14 +176,14 @@ def _walk_and_pack(
         run.unfuse()
         with torch.no_grad():
             for block in _walk(run, batches, device):
-                if finished is not None and finished.put_back(block.spec.name):
-                    continue
-                weights = weigh(block)
-                quantize_block(run, block, weights)
-                quantize_experts(run, block, weights)
-                learn_block(run, block, weights)
-                if finished is not None:
-                    finished.keep(block.spec.name)
+                if finished is None or not finished.put_back(block.spec.name):
+                    weights = weigh(block)
+                    quantize_block(run, block, weights)
+                    quantize_experts(run, block, weights)
+                    learn_block(run, block, weights)
+                    if finished is not None:
+                        finished.keep(block.spec.name)
+                del block  # and its activations, before the next one is opened
         run.pack()
         if embedding is not None:
             pack_embedding(run.model, embedding, run.plan.schemes[embedding.source()])
@@ -203,3 +203,4 @@ def _walk(run: Run, batches: list[CalibBatch], device: torch.device | str | None
             run.pack(f"{previous}.")
         previous = block.spec.name
         yield block
+        del block

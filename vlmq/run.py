@@ -1,4 +1,8 @@
-"""The state of one call of `quantize`: what has been taken out of the model, and what takes its place."""
+"""The state of one call of `quantize`: what has been taken out of the model, and what takes its place.
+
+What was taken out is kept until the end, as the very modules that were in the model, since a failure puts them back.
+That of finished blocks waits in CPU memory, so that on a GPU only one block is there in full precision and packed.
+"""
 
 from dataclasses import dataclass, field
 
@@ -8,10 +12,13 @@ from transformers import PreTrainedModel
 
 from vlmq.families.experts import unfuse
 from vlmq.formats import QuantizedWeight
+from vlmq.heap import trim_heap
 from vlmq.linear import QuantLinear
 from vlmq.planning import Plan
 from vlmq.progress import Progress
 from vlmq.report import LayerReport
+
+WAITING = torch.device("cpu")
 
 
 @dataclass
@@ -67,16 +74,28 @@ class Run:
         self.packed[name] = packed
 
     def pack(self, prefix: str = "") -> None:
-        """Put the packed layers under `prefix` in place of their dense stand-ins, all where the model is."""
+        """Put the packed layers under `prefix` in place of their dense stand-ins, all where the model is.
+
+        What was taken out waits in CPU memory from then on, and freed memory goes back to the system.
+        """
+        for path, experts in self.fused.items():
+            if path.startswith(prefix):
+                # Their layers are views of them, and come back with them.
+                for name in [name for name in self.originals if name.startswith(f"{path}.")]:
+                    del self.originals[name]
+                experts._apply(lambda tensor: tensor.to(WAITING), recurse=False)
         for name, layer in self.packed.items():
             if name.startswith(prefix):
-                self.originals[name].to(self.home)
                 self.model.set_submodule(name, layer.to(self.home))
+                if name in self.originals:
+                    self.originals[name].to(WAITING)
+        trim_heap()
 
     def restore(self) -> None:
         """Put the full-precision layers back, and all of their blocks to where the model is."""
+        self.packed.clear()
         for name, layer in (*self.originals.items(), *self.fused.items()):
-            self.model.set_submodule(name, layer)
+            self.model.set_submodule(name, layer.to(self.home))
         for block in map(self.model.get_submodule, self.blocks()):
             if not any(parameter.is_meta for parameter in block.parameters()):
                 block.to(self.home)
