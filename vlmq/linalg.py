@@ -7,6 +7,7 @@ Every solver minimises, over weights What on a grid,
 with T the target of (out_features, in_features) and H the weighted second moment of the inputs.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ def find_damping(hessian: Tensor, damp: float = DAMP) -> Damping:
 
     The damping is raised tenfold, at most DAMP_RETRIES times, while the Cholesky factorisation fails; the
     damping that was used is returned, so that it can be reported. Inputs that are always zero get the mean
-    diagonal, which leaves their weights without influence on the others. Memory: two matrices of the hessian's size.
+    diagonal, which leaves their weights without influence on the others. Memory: one matrix of the hessian's size.
 
     Args:
         hessian: (in_features, in_features) float32, symmetric, positive semidefinite; at the end as it was.
@@ -44,7 +45,7 @@ def find_damping(hessian: Tensor, damp: float = DAMP) -> Damping:
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean().item()
-    if not torch.isfinite(hessian).all() or mean <= 0:
+    if not _is_finite(hessian) or mean <= 0:
         raise RuntimeError(
             f"the hessian has mean diagonal {mean} or entries that are not finite; expected > 0"
         )
@@ -52,7 +53,7 @@ def find_damping(hessian: Tensor, damp: float = DAMP) -> Damping:
         used = damp * 10**retry
         found = Damping((diagonal + used * mean).masked_fill_(diagonal == 0, mean), used, retry)
         with damped(hessian, found):
-            if inverse_factor(hessian) is not None:
+            if inverse_factor(hessian.clone(memory_format=torch.contiguous_format)) is not None:
                 return found
     smallest = torch.linalg.eigvalsh(hessian.double())[0].item()
     raise RuntimeError(
@@ -75,15 +76,24 @@ def damped(hessian: Tensor, damping: Damping) -> Iterator[None]:
 def inverse_factor(hessian: Tensor) -> Tensor | None:
     """The upper factor U of the inverse, H^-1 = U^T U; None if it cannot be computed.
 
-    Memory: two matrices of the hessian's size, beside it unless the caller has let go of it.
+    Each step writes over the one before, so no second matrix is needed, and the argument is lost.
+
+    Args:
+        hessian: (in_features, in_features) float32, symmetric and contiguous.
     """
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    del hessian
+    A = hessian.mT  # LAPACK's order of the columns; the same matrix
+    info = torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(A, out=(A, info))
     if info.item() != 0:
         return None
-    inverse = torch.cholesky_inverse(lower, out=lower)
-    factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
-    return factor if info.item() == 0 and bool(torch.isfinite(factor).all()) else None
+    torch.cholesky_inverse(A, out=A)
+    torch.linalg.cholesky_ex(A, upper=True, out=(A, info))
+    return A if info.item() == 0 and _is_finite(A) else None
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """Whether all values are finite; `torch.isfinite` would make a copy of them."""
+    return all(math.isfinite(value.item()) for value in torch.aminmax(matrix))
 
 
 def shift_target(weight: Tensor, shift: Tensor, hessian: Tensor, alpha: float) -> Tensor:

@@ -19,6 +19,7 @@ from walk_oracle import (
 )
 
 from vlmq.calib.tokens import ANSWER, IMAGE, PADDING, TEXT, CalibBatch
+from vlmq.calib.trees import leaves
 from vlmq.calib.walk import calls_in_order, layer_inputs, walk_blocks
 from vlmq.families import describe
 
@@ -40,6 +41,25 @@ def test_inputs_equal_a_plain_forward_when_nothing_is_quantized(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_path_equals_a_plain_forward_of_its_model(family):
     assert_exact(tiny_models.build(family), make_batches(family))
+
+
+def test_what_is_both_output_and_input_is_held_once_and_parameters_are_not_copied():
+    model, batches = tiny_models.build("llama"), make_batches("llama")
+    before: list[torch.Tensor] | None = None
+    for block in walk_blocks(model, describe(model), batches):
+        inputs = [call.args[0] for call in block.original_inputs]
+        assert before is None or all(a is b for a, b in zip(inputs, before, strict=True))
+        masks = [
+            leaf for call in block.inputs for leaf in leaves(call.kwargs) if isinstance(leaf, torch.Tensor)
+        ]
+        assert len({id(mask) for mask in masks}) * len(batches) == len(masks)
+        assert block.original is not block.module
+        assert all(
+            p is q for p, q in zip(block.original.parameters(), block.module.parameters(), strict=True)
+        )
+        before = block.original_outputs
+        perturb(block.module)
+    assert before
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "clip", "llama"])
