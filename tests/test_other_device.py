@@ -30,5 +30,14 @@ def test_quantizing_mixes_no_devices(worker, family, home, scheme, solver):
     assert worker("quantized_places", family, home, "other", scheme, solver) == {home}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_vl_moe"])
+def test_originals_of_finished_blocks_wait_on_the_cpu_and_come_back(worker, family):
+    finished, current, after, is_same = worker("places_of_originals", family)
+    assert finished == {"cpu"}
+    assert current == {"other"}
+    assert after == {"other"}
+    assert is_same
+
+
 def test_a_model_that_was_stopped_lies_where_it_lay(worker):
     assert worker("places_after_a_stop") == {"cpu"}

@@ -5,6 +5,7 @@ import tiny_models
 import torch
 
 import vlmq
+from vlmq import quantization
 from vlmq.linear import QuantLinear
 
 FAMILIES = list(tiny_models.FAMILIES)
@@ -114,6 +115,26 @@ def test_a_failure_puts_the_model_back(monkeypatch):
     assert progress.n == -1
     assert [type(m) for m in model.modules()] == modules
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_vl_moe"])
+def test_a_failure_at_the_very_end_puts_the_same_tensors_back(family, monkeypatch):
+    model, batches = tiny_models.build(family), tiny_models.inputs(family, 2)
+    tensors = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+
+    def fail(*_):
+        assert packed(model)
+        raise MemoryError
+
+    monkeypatch.setattr(quantization, "pack_embedding", fail)
+    with pytest.raises(MemoryError):
+        vlmq.quantize(model, batches, "int4-g16", embeddings="int8-g16")
+    assert dict(model.named_parameters()).keys() == tensors.keys()
+    for name, parameter in model.named_parameters():
+        same, place, values = tensors[name]
+        assert parameter is same
+        assert parameter.data_ptr() == place
+        assert torch.equal(parameter, values)
 
 
 @pytest.mark.parametrize(
