@@ -213,6 +213,16 @@ def test_attention_and_prompts():
         assert_shown(cells, expected, name)
 
 
+def test_memory_of_quantize():
+    before, now = lines("memory.jsonl")
+    assert now["packed"] == before["packed"]
+    table = rows("docs/options.md", "| two blocks of 15 | weights (GiB) |")
+    for row, m in zip(table, (before, now), strict=True):
+        assert (m["model"], m["n_blocks"], m["n_rows"], m["length"]) == ("llama-1536", 2, 64, 512)
+        sizes = [m[key] / 2**30 for key in ("weight_bytes", "extra_bytes")]
+        assert_shown(row[1:], [*sizes, m["times_the_weights"]], f"memory {row[0]}")
+
+
 def test_speed_beside_llama_cpp():
     one, two = json.loads((RESULTS / "llama_cpp.json").read_text())["groups"]
     table = rows("docs/speed.md", "| layers | bits |")

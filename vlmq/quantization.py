@@ -16,10 +16,11 @@ path U:
 Layers that share inputs and token weights share H and are solved as one matrix, row under row. With a folder for it,
 each finished block is written there, and a call that was interrupted goes on after the last one (`vlmq.resuming`).
 
-Memory at the peak, beside the model, whose original layers stay until the end since a failure puts them back: two
-stored block outputs per batch (on the CPU), one copy of the block, for the layers with the most inputs three matrices
-of (in_features, in_features) float32, some 40 bytes for each weight of the layers that are solved as one matrix, and
-packed layers as they come.
+Memory at the peak, beside the model, whose original layers stay until the end since a failure puts them back: the
+packed layers so far; stand-ins of one block's layers; for each calibration token five hidden states (input and
+attention output of the block on both paths, output on one; in CPU memory); and for the largest group of layers of one
+input 22 bytes for each weight of its matrix, or two matrices of (in_features, in_features) float32 and 14. Where blocks
+are computed on a GPU, the originals of finished blocks wait in CPU memory.
 """
 
 import os

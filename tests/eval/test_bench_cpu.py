@@ -51,7 +51,8 @@ def test_rows_do_not_always_follow_the_same_row():
     calls = []
     names = "read", "bfloat16", "a", "b"
     turns = {
-        (name, "torch"): bench.Turn(lambda i, name=name: calls.append(name) or 1.0, 8, 16, 0.0) for name in names
+        (name, "torch"): bench.Turn(lambda i, name=name: calls.append(name) or 1.0, 8, 16, 0.0)
+        for name in names
     }
     bench.measure(turns, 20)
     rounds = [calls[k : k + len(names)] for k in range(0, len(calls), len(names))]
