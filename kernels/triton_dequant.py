@@ -10,15 +10,16 @@ import triton.language as tl
 from vlmq.kernels.triton_unpack import codes_per_plane, gather_codes, weights_of
 
 
-def dequantize_rows(in_features: int, group_size: int) -> int:
+def dequantize_rows(in_features: int, group_size: int, bits: int) -> int:
     """Rows of a tile: as many as leave fewer groups than a program has threads.
 
     Of so few scales each thread loads those of its own codes; more would take a way through shared memory. Where the
-    last block of a row is shorter, its loads of single codes take too many registers for more than 16.
+    last block of a row is shorter, its loads of single codes take too many registers for more than 16, and codes of
+    three bits, which are two loads each, for more than 32.
     """
     if in_features % 128:
         return 16
-    return 64 if group_size in (0, 128) else max(16, group_size // 2)
+    return min(32 if bits == 3 else 64, 64 if group_size in (0, 128) else max(16, group_size // 2))
 
 
 @triton.jit

@@ -265,7 +265,7 @@ def _dequantize(
     fmt = get_format(format_name)
     lanes, row_units, high_units, unit = _lanes(qweight[rows], fmt, in_features)
     out = torch.empty(lanes.shape[0], in_features, dtype=dtype, device=qweight.device)
-    block_n = dequantize_rows(in_features, group_size)
+    block_n = dequantize_rows(in_features, group_size, fmt.bits)
     dequantize_kernel[(triton.cdiv(lanes.shape[0], block_n) * triton.cdiv(in_features, 128),)](
         lanes,
         scales[rows],
