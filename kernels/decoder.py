@@ -1,14 +1,15 @@
-"""A decoder layer for one new token of each sequence, in one call of the C library (csrc/decoder.h).
+"""Decoder layers for one new token of each sequence, in one call of the C library (csrc/decoder.h).
 
     h = x + o(attention(rotate(norm_q(q(norm x))), keys, values)),    out = h + down(silu(gate(norm' h)) * up(norm' h))
 
-where norm is RMSNorm, q and k are turned by their positions where cos and sin are given, and the norms of single
+where norm is RMSNorm, q and k may be turned by their positions, and the norms of single
 heads may be absent. Between two products torch would start a dozen operators, which take longer than the
 products of a small model. Every step is rounded to the dtype as torch rounds it.
 """
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -52,22 +53,67 @@ class DecoderRecord(ctypes.Structure):
         ("intermediate", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("isa", ctypes.c_int32),
+        ("turns", ctypes.c_int32),
     )
 
 
-class DecodingRecord(ctypes.Structure):
-    """`vlmq_decoding` of csrc/vlmq_cpu.h."""
+class PastRecord(ctypes.Structure):
+    """`vlmq_past` of csrc/vlmq_cpu.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "out", "cos", "sin", "keys", "values", "mask")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                *("n_batch", "n_past", "turn_batch", "key_batch", "key_head", "key_token"),
-                *("value_batch", "value_head", "value_token", "mask_batch", "mask_head"),
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("key_batch", "key_head", "key_token")),
+        *((name, ctypes.c_int64) for name in ("value_batch", "value_head", "value_token")),
     )
+
+
+class TokenRecord(ctypes.Structure):
+    """`vlmq_token` of csrc/vlmq_cpu.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "mask")),
+        *((name, ctypes.c_int64) for name in ("n_batch", "n_past", "turn_batch", "mask_batch", "mask_head")),
+    )
+
+
+class Past:
+    """Keys and values of a layer, with room for more tokens; it holds the tensors.
+
+    Args:
+        keys: (n_batch, n_kv_heads, n_room, head_dim), of any strides.
+        values: likewise.
+        n_tokens: how many there are; who writes more counts them.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, n_tokens: int = 0) -> None:
+        self.keys = keys
+        self.values = values
+        self.n_tokens = n_tokens
+        self.is_inference = keys.is_inference() or values.is_inference()
+        self.n_room = min(keys.shape[-2], values.shape[-2])
+        self.kinds = _kind_of(keys), _kind_of(values)
+
+    def __reduce__(self) -> tuple[type, tuple[Tensor, Tensor, int]]:
+        return Past, (self.keys, self.values, self.n_tokens)  # addresses mean nothing in a copy
+
+    @cached_property
+    def record(self) -> PastRecord:
+        """Where the tensors lie; only for those of four dimensions."""
+        steps = *self.keys.stride()[:3], *self.values.stride()[:3]
+        return PastRecord(self.keys.data_ptr(), self.values.data_ptr(), *steps)
+
+
+class Token(NamedTuple):
+    """One new token of each sequence, as decoder layers take it.
+
+    x: (n_batch, 1, hidden), contiguous, at most 16 sequences.
+    turn: cos and sin of the positions, each (n_batch or 1, 1, head_dim), or None.
+    mask: (n_batch or 1, n_heads or 1, 1, n_past + 1) bool, True where a key is seen; None sees all.
+    """
+
+    x: Tensor
+    turn: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
 
 
 class Decoder:
@@ -78,6 +124,7 @@ class Decoder:
         norms: of the input, before the MLP, and of single heads of queries and of keys, or None for these two.
         sizes: of the heads.
         dtype: of inputs, results, weights of norms and the cache.
+        turns: whether queries and keys are turned by their positions.
         isa: an instruction set that this CPU has; the fastest, or the one of VLMQ_CPU_ISA, unless told.
 
     Raises:
@@ -91,6 +138,7 @@ class Decoder:
         sizes: Sizes,
         dtype: torch.dtype,
         *,
+        turns: bool = True,
         isa: str | None = None,
     ) -> None:
         if (reason := why_not(layers, norms, sizes, dtype)) is not None:
@@ -98,7 +146,10 @@ class Decoder:
         self.held = tuple(layers), tuple(norms)
         self.dtype = dtype
         self.sizes = sizes
+        self.turns = turns
         self.hidden = layers[0].plan.in_features
+        self.kind = self.hidden, sizes.n_heads, sizes.head_dim, dtype
+        self.past_kind = sizes.n_kv_heads, sizes.head_dim, dtype
         self.library = layers[0].plan.library
         record = DecoderRecord(
             scale=sizes.scale,
@@ -109,6 +160,7 @@ class Decoder:
             intermediate=layers[-1].plan.in_features,
             dtype=DTYPES[dtype],
             isa=isa_index(isa),
+            turns=turns,
         )
         record.layers[:] = [layer.address for layer in layers]
         record.norms[:] = [None if norm is None else norm.weight.data_ptr() for norm in norms]
@@ -116,17 +168,10 @@ class Decoder:
         self.record = record
         self.address = ctypes.addressof(record)
 
-    def takes(
-        self,
-        x: Tensor,
-        turn: tuple[Tensor, Tensor] | None,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        n_past: int,
-    ) -> bool:
-        """Say whether a call with these is computed; what they must be, the call says."""
-        (n_heads, n_kv_heads, head_dim, _), dtype, n_batch = self.sizes, self.dtype, x.shape[0]
+    def takes(self, token: Token, past: Past) -> bool:
+        """Say whether `decode` computes this layer."""
+        (x, turn, mask), (n_heads, _, head_dim, _) = token, self.sizes
+        n_batch, dtype = x.shape[0], self.dtype
         return (
             x.shape == (n_batch, 1, self.hidden)
             and 0 < n_batch <= MAX_TOKENS
@@ -135,54 +180,58 @@ class Decoder:
             and x.is_contiguous()
             and (turn is None or turn[0].shape == turn[1].shape)
             and all(_is_turn(t, n_batch, head_dim, dtype) for t in turn or ())
-            and all(_is_room(t, n_batch, n_kv_heads, head_dim, dtype, n_past) for t in (keys, values))
-            and (mask is None or is_plain_mask(mask, n_batch, n_heads, n_past + 1))
+            and (mask is None or is_plain_mask(mask, n_batch, n_heads, past.n_tokens + 1))
+            and self.fits(token, past)
         )
 
-    def __call__(
-        self,
-        x: Tensor,
-        turn: tuple[Tensor, Tensor] | None,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        n_past: int,
-    ) -> Tensor:
-        """Compute one new token of each sequence; only for what `takes`.
-
-        Args:
-            x: (n_batch, 1, hidden), contiguous, at most 16 sequences.
-            turn: cos and sin of the positions, each (n_batch or 1, 1, head_dim), or None.
-            keys: (n_batch, n_kv_heads, more than n_past, head_dim), of any strides but the last; the key of the new
-                token is written after the first n_past.
-            values: likewise.
-            mask: (n_batch or 1, n_heads or 1, 1, n_past + 1) bool, True where a key is seen; None sees all.
-            n_past: tokens before this one.
-
-        Returns:
-            (n_batch, 1, hidden).
-        """
-        out = torch.empty_like(x)
-        cos, sin = turn or (None, None)
-        masked = (0, 0) if mask is None else [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1)]
-        call = DecodingRecord(
-            x.data_ptr(),
-            out.data_ptr(),
-            None if cos is None else cos.data_ptr(),
-            None if sin is None else sin.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            None if mask is None else mask.data_ptr(),
-            x.shape[0],
-            n_past,
-            cos.stride(0) if cos is not None and cos.shape[0] > 1 else 0,
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            *masked,
+    def fits(self, token: Token, past: Past) -> bool:
+        """Say whether these are its keys and values, for a token that a layer of the same `kind` takes."""
+        kind = (len(token.x), *self.past_kind)
+        return (
+            past.kinds == (kind, kind)
+            and 0 <= past.n_tokens < past.n_room
+            and (token.turn is not None or not self.turns)
         )
-        if self.library.vlmq_decode(self.address, ctypes.byref(call), torch.get_num_threads()):
-            raise MemoryError(f"no memory for a decoder layer over {n_past + 1} keys")
-        return out
+
+
+def decode(layers: Sequence[tuple[Decoder, Past]], token: Token) -> tuple[Tensor, ...]:
+    """Compute one new token of each sequence through layers, one after the other.
+
+    Only for a token that the first takes; others must be of its kind, fit, and hold as many tokens. Keys and values of
+    the new one are written behind them.
+
+    Returns:
+        What each layer gives, (n_batch, 1, hidden).
+    """
+    (x, turn, mask), n, (first, past) = token, len(layers), layers[0]
+    outs = x.new_empty((n, *x.shape))
+    cos, sin = turn or (None, None)
+    masked = (0, 0) if mask is None else [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1)]
+    record = TokenRecord(
+        x.data_ptr(),
+        None if cos is None else cos.data_ptr(),
+        None if sin is None else sin.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        x.shape[0],
+        past.n_tokens,
+        cos.stride(0) if cos is not None and cos.shape[0] > 1 else 0,
+        *masked,
+    )
+    places = ctypes.c_void_p * n
+    decoders = places(*[decoder.address for decoder, _ in layers])
+    pasts = places(*[ctypes.addressof(past.record) for _, past in layers])
+    args = decoders, pasts, n, ctypes.byref(record), outs.data_ptr(), torch.get_num_threads()
+    if first.library.vlmq_decode(*args):
+        raise MemoryError(f"no memory for a decoder layer over {past.n_tokens + 1} keys")
+    return outs.unbind(0)
+
+
+def _kind_of(t: Tensor) -> tuple[int, int, int, torch.dtype] | None:
+    """Sequences, heads and numbers in each, dtype; None if the kernels do not read it."""
+    if t.dim() != 4 or t.stride(-1) != 1 or not t.is_cpu:
+        return None
+    n_batch, n_heads, _, head_dim = t.shape
+    return n_batch, n_heads, head_dim, t.dtype
 
 
 def _is_turn(turn: Tensor, n_batch: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -193,19 +242,6 @@ def _is_turn(turn: Tensor, n_batch: int, head_dim: int, dtype: torch.dtype) -> b
         and turn.dtype == dtype
         and turn.is_contiguous()
         and turn.is_cpu
-    )
-
-
-def _is_room(
-    t: Tensor, n_batch: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, n_past: int
-) -> bool:
-    a, b, n, d = t.shape
-    return (
-        (a, b, d) == (n_batch, n_kv_heads, head_dim)
-        and 0 <= n_past < n
-        and t.is_cpu
-        and t.dtype == dtype
-        and t.stride(-1) == 1
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ABI = 5
+ABI = 6
 PATH = Path(__file__).parent / "libvlmq_cpu.so"
 INSTALL = "install a C compiler (gcc or clang) and install vlmq again"
 
@@ -120,5 +120,5 @@ def _declare(library: ctypes.CDLL) -> None:
     library.vlmq_linear.argtypes = [pointer, pointer, integer, pointer, long, integer, integer]
     library.vlmq_attend.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
     library.vlmq_dense.argtypes = [pointer] * 4 + [long] * 3 + [integer] * 3
-    library.vlmq_decode.argtypes = [pointer, pointer, integer]
+    library.vlmq_decode.argtypes = [pointer, pointer, integer, pointer, pointer, integer]
     library.vlmq_unpack.argtypes = [pointer, pointer, long, long, pointer, integer, integer]

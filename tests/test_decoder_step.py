@@ -18,10 +18,10 @@ from transformers import (
     StaticCache,
 )
 
+from vlmq import decoder_step
 from vlmq.attach import attach
 from vlmq.decoder_step import DecoderStep, install_steps
 from vlmq.kernels import cpu
-from vlmq.kernels.decoder import Decoder
 
 pytestmark = pytest.mark.skipif(cpu.missing_library() is not None, reason="needs the C kernels")
 IDS = torch.arange(3, 40).reshape(1, -1)
@@ -30,14 +30,14 @@ N_NEW = 12
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Number of sequences of each layer that was computed in one call."""
-    seen, compute = [], Decoder.__call__
+    """Number of sequences of each layer that was computed in C."""
+    seen, compute = [], decoder_step.decode
 
-    def count(self, x, *args):
-        seen.append(len(x))
-        return compute(self, x, *args)
+    def count(layers, token):
+        seen.extend([len(token.x)] * len(layers))
+        return compute(layers, token)
 
-    monkeypatch.setattr(Decoder, "__call__", count)
+    monkeypatch.setattr(decoder_step, "decode", count)
     return seen
 
 

@@ -13,7 +13,7 @@ LAYERS = (
     "formats",
     "scheme",
     "kernels , families , linalg",
-    "siblings , known_code , decoding_attention , growing_cache , dense_step",
+    "siblings , known_code , decoding_attention , growing_cache , dense_step , decoder_run , watching",
     "linear | calib | solvers",
     "decoder_step",
     "decoding",

@@ -16,6 +16,7 @@ from functools import cache
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlmq.decoder_run import install_runs
 from vlmq.decoder_step import install_steps
 from vlmq.decoding_attention import NAME
 from vlmq.dense_step import install_dense_step
@@ -33,6 +34,7 @@ def prepare_decoding(model: nn.Module) -> None:
     if grow_cache not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(grow_cache, with_kwargs=True)
     install_steps(model)
+    install_runs(model)
     install_dense_step(model)
 
 

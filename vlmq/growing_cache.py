@@ -7,78 +7,96 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from vlmq.kernels.decoder import Past
+
 MIN_ROOM = 128
 
 
-class Room:
-    """A tensor of tokens with room at its end."""
-
-    def __init__(self) -> None:
-        self.room: Tensor | None = None
-        self.shown: Tensor | None = None
-
-    def extend(self, old: Tensor, new: Tensor) -> Tensor:
-        """Return `old` (..., n, d) and `new` (..., m, d) as one; what was returned before is not copied again."""
-        room, n = self.room, old.shape[-2]
-        end = n + new.shape[-2]
-        if room is None or self.shown is not old or end > room.shape[-2] or _is_closed(room):
-            room = old.new_empty((*old.shape[:-2], end + max(MIN_ROOM, end // 4), old.shape[-1]))
-            room[..., :n, :] = old
-        room[..., n:end, :] = new
-        self.room, self.shown = room, room[..., :end, :]
-        return self.shown
-
-    def has_room(self, old: Tensor) -> bool:
-        """Say whether `old` is what was returned last, and one more token may be written behind it."""
-        room = self.room
-        return (
-            room is not None and self.shown is old and old.shape[-2] < room.shape[-2] and not _is_closed(room)
-        )
-
-    def show_one_more(self) -> Tensor:
-        """Return all tokens with one more, which was written behind them."""
-        room, shown = cast(Tensor, self.room), cast(Tensor, self.shown)
-        self.shown = room.narrow(-2, 0, shown.shape[-2] + 1)
-        return self.shown
-
-
 class GrowingLayer(DynamicLayer):
-    """transformers' dynamic layer of a cache, which keeps room for tokens to come: at least 128, or a quarter more."""
+    """transformers' dynamic layer of a cache, which keeps room for tokens to come: at least 128, or a quarter more.
+
+    `keys` and `values` are made of the room when they are asked for. Who sets them, as a crop or a search with beams
+    does, ends the room.
+    """
 
     # It must not take the place of the layer that it derives from in transformers' table.
     _layer_type = None
 
     def __init__(self, layer: DynamicLayer | None = None) -> None:
+        self._past: Past | None = None
+        self._n_tokens = 0
+        self._shown: list[Tensor | None] = [None, None]
         super().__init__()
         for name, value in vars(layer).items() if layer is not None else ():
             setattr(self, name, value)
-        self._rooms = Room(), Room()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(n_batch, n_heads, n_tokens, head_dim)."""
+        return self._show(0)
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._shown, self._past = [keys, self._show(1)], None
+
+    @property
+    def values(self) -> Tensor | None:
+        """(n_batch, n_heads, n_tokens, value_dim)."""
+        return self._show(1)
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._shown, self._past = [self._show(0), values], None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add the keys and values of new tokens; return all."""
-        old, new = (self.keys, self.values), (key_states, value_states)
+        old, new = [self.keys, self.values], [key_states, value_states]
         if self.get_seq_length() == 0 or not all(_is_plain(t) for t in (*old, *new)):
             return super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = (
-            r.extend(cast(Tensor, a), b) for r, a, b in zip(self._rooms, old, new, strict=True)
+        (n, n_values), (more, more_values) = (
+            [cast(Tensor, t).shape[-2] for t in pair] for pair in (old, new)
         )
-        return self.keys, self.values
+        if n != n_values or more != more_values:
+            return super().update(key_states, value_states, *args, **kwargs)
+        past = self._room_for(more)
+        if past is None:
+            keys, values = (_with_room(cast(Tensor, t), n + more) for t in old)
+            past = Past(keys, values, n)
+        for room, states in ((past.keys, key_states), (past.values, value_states)):
+            room[..., n : n + more, :] = states
+        self._past, self._n_tokens = past, n
+        self.advance(more)
+        return cast(Tensor, self.keys), cast(Tensor, self.values)
 
-    def room_for_one(self) -> tuple[Tensor, Tensor, int] | None:
-        """Return tensors of keys and values with room for one more token, and how many tokens they hold.
+    def room_for_one(self) -> Past | None:
+        """Return keys and values with room for one more token; who has written it calls `advance`.
 
-        None where there is no room: an `update` makes some. Who has written the token calls `advance`.
+        None where there is no room: an `update` makes some.
         """
-        keys, values = self._rooms
-        if self.keys is None or not (keys.has_room(self.keys) and values.has_room(cast(Tensor, self.values))):
-            return None
-        return cast(Tensor, keys.room), cast(Tensor, values.room), self.keys.shape[-2]
+        return self._room_for(1)
 
-    def advance(self) -> None:
-        """Hold one token more, which somebody has written into the room."""
-        self.keys, self.values = (room.show_one_more() for room in self._rooms)
+    def advance(self, n_tokens: int = 1) -> None:
+        """Hold more tokens, which somebody has written into the room."""
+        past = cast(Past, self._past)
+        self._n_tokens = past.n_tokens = self._n_tokens + n_tokens
+        self._shown = [None, None]
+
+    def _room_for(self, n_tokens: int) -> Past | None:
+        """Return the room if these tokens may be written into it: another may share it, who has written already."""
+        past = self._past
+        if past is None or past.n_tokens != self._n_tokens or past.n_tokens + n_tokens > past.n_room:
+            return None
+        # Torch would refuse to write into what was made in an inference mode that has ended.
+        return None if past.is_inference and not torch.is_inference_mode_enabled() else past
+
+    def _show(self, which: int) -> Tensor | None:
+        shown, past = self._shown[which], self._past
+        if shown is None and past is not None:
+            room = past.values if which else past.keys
+            shown = self._shown[which] = room.narrow(-2, 0, self._n_tokens)
+        return shown
 
 
 def grow_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -98,6 +116,8 @@ def _is_plain(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_cpu and not (torch.is_grad_enabled() and tensor.requires_grad)
 
 
-def _is_closed(room: Tensor) -> bool:
-    """Whether torch would refuse to write into it: it was made in inference mode, which has ended."""
-    return room.is_inference() and not torch.is_inference_mode_enabled()
+def _with_room(old: Tensor, n_tokens: int) -> Tensor:
+    """Return a tensor that begins with these tokens, and has room beyond `n_tokens`."""
+    room = old.new_empty((*old.shape[:-2], n_tokens + max(MIN_ROOM, n_tokens // 4), old.shape[-1]))
+    room[..., : old.shape[-2], :] = old
+    return room

@@ -44,6 +44,14 @@ ATTENTION = {
     "364923aa05041fd2": AttentionCode(has_norms=True),  # Qwen3-VL
     "d88c081da18c9688": AttentionCode(asks_for_rope=True),  # SmolLM3
 }
+# Models that call their layers one after the other, and do nothing between but, as Qwen3-VL, to add to what one gives.
+PLAIN_LOOPS = {
+    "a4e9d7f252e2c414",  # Llama
+    "acbcec8c13ec5080",  # Mistral
+    "a9fc20c158eb9b80",  # Qwen2, Qwen3, SmolLM3
+    "fb4c02e95436251f",  # Qwen2-VL, Qwen2.5-VL
+    "5101d43d6876d4c5",  # Qwen3-VL
+}
 
 
 @cache
@@ -87,6 +95,11 @@ def attention_code(layer: nn.Module) -> AttentionCode | None:
 def is_known_norm(module: nn.Module | None) -> bool:
     """Say whether a module is an RMSNorm as Llama's."""
     return module is not None and fingerprint(type(module).forward) in NORM
+
+
+def is_plain_loop(model: nn.Module) -> bool:
+    """Say whether a model's forward does nothing of its own between its decoder layers."""
+    return "layers" in model._modules and fingerprint(type(model).forward) in PLAIN_LOOPS
 
 
 def _end_of_head(tokens: list[tokenize.TokenInfo]) -> int:

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define VLMQ_ABI 5
+#define VLMQ_ABI 6
 #define VLMQ_MAX_LAYERS 8
 #define VLMQ_MAX_TOKENS 16
 #define VLMQ_MAX_THREADS 64
@@ -105,26 +105,32 @@ typedef struct {
     float eps[VLMQ_DECODER_NORMS];
     float scale; /* of the products of queries and keys */
     int64_t hidden, n_heads, n_kv_heads, head_dim, intermediate;
-    int32_t dtype, isa;
+    int32_t dtype, isa, turns; /* whether queries and keys are turned by their positions */
 } vlmq_decoder;
 
-/* What one call of a decoder layer reads and writes. */
+/* Keys and values of a decoder layer (n_batch, n_kv_heads, tokens with room for more, head_dim), and numbers of elements
+ * from one to the next. */
 typedef struct {
-    const void *x;          /* (n_batch, hidden) */
-    void *out;              /* (n_batch, hidden) */
-    const void *cos, *sin;  /* (n_batch or 1, head_dim), or NULL: no rotation */
-    void *keys, *values;    /* (n_batch, n_kv_heads, more than n_past, head_dim); token n_past is written */
-    const uint8_t *mask;    /* (n_batch or 1, n_heads or 1, n_past + 1), nonzero is seen, or NULL */
-    int64_t n_batch, n_past;
-    int64_t turn_batch;     /* numbers of elements from one to the next, 0 where all share one: rows of cos and sin, */
-    int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head;
-} vlmq_decoding;
+    void *keys, *values;
+    int64_t key_batch, key_head, key_token, value_batch, value_head, value_token;
+} vlmq_past;
 
-/* One new token of each sequence through a decoder layer, at most VLMQ_MAX_TOKENS of them:
+/* One new token of each sequence, at most VLMQ_MAX_TOKENS of them, and numbers of elements from one to the next, 0 where
+ * all share one. */
+typedef struct {
+    const void *x;         /* (n_batch, hidden) */
+    const void *cos, *sin; /* (n_batch or 1, head_dim), for layers that turn */
+    const uint8_t *mask;   /* (n_batch or 1, n_heads or 1, n_past + 1), nonzero is seen, or NULL */
+    int64_t n_batch, n_past, turn_batch, mask_batch, mask_head;
+} vlmq_token;
+
+/* A token through decoder layers, one after the other, which have one hidden size, head size, dtype and number of heads:
  *
  *     h = x + o(attention(rotate(q(norm x)), keys, values)),    out = h + down(silu(gate(norm h)) * up(norm h))
  *
- * Returns 0, or -1 if there is not enough memory; then keys and values may hold the new token. */
-VLMQ_EXPORT int vlmq_decode(const vlmq_decoder *decoder, const vlmq_decoding *call, int n_threads);
+ * outs: (n_layers, n_batch, hidden). Keys and values of the token are written behind the first n_past of each layer's.
+ * Returns 0, or -1 if there is not enough memory; then they may be written for some. */
+VLMQ_EXPORT int vlmq_decode(const vlmq_decoder *const *decoders, const vlmq_past *const *pasts, int n_layers,
+                            const vlmq_token *token, void *outs, int n_threads);
 
 #endif

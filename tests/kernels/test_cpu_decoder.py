@@ -1,12 +1,14 @@
 """A decoder layer in one call of the C library against torch's operators, on every instruction set of this CPU."""
 
+import copy
+
 import pytest
 import torch
 from cpu_cases import ISAS, bound_layer, needs_library
 from random_weights import random_weight
 from torch.nn import functional
 
-from vlmq.kernels.decoder import Decoder, Norm, Sizes, why_not
+from vlmq.kernels.decoder import Decoder, Norm, Past, Sizes, Token, decode, why_not
 
 EPS = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 SIZES = Sizes(n_heads=4, n_kv_heads=2, head_dim=32, scale=0.2)
@@ -43,14 +45,14 @@ def norms_of(dtype, of_heads):
 
 
 def call_of(dtype, n_batch, has_turn=True, mask=None):
-    """Arguments of a call; the cache lies as models lay it, heads and tokens swapped, with NaN where nothing is yet."""
+    """A token, and keys and values as models lay them, heads and tokens swapped, with NaN where nothing is yet."""
     x = torch.randn(n_batch, 1, HIDDEN).to(dtype)
     angle = torch.randn(n_batch, 1, SIZES.head_dim)
     turn = (angle.cos().to(dtype), angle.sin().to(dtype)) if has_turn else None
     room = torch.full((2, n_batch, ROOM, SIZES.n_kv_heads, SIZES.head_dim), torch.nan).to(dtype)
     room[:, :, :PAST] = torch.randn(room[:, :, :PAST].shape).to(dtype)
     keys, values = room.transpose(2, 3)
-    return x, turn, keys, values, mask, PAST
+    return Token(x, turn, mask), Past(keys, values, PAST)
 
 
 def norm(x, of):
@@ -64,8 +66,9 @@ def turned(x, turn):
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-def by_torch(layers, norms, x, turn, keys, values, mask, n_past):
-    """What the call must give, and the keys and values behind the first n_past."""
+def by_torch(layers, norms, token, past):
+    """What a layer must give, and the keys and values behind those of before."""
+    x, turn, mask = token
     q, k, v, o, gate, up, down = layers
     sizes = (len(x), 1, -1, SIZES.head_dim)
     h = norm(x, norms[0])
@@ -74,8 +77,8 @@ def by_torch(layers, norms, x, turn, keys, values, mask, n_past):
         heads[i] = heads[i] if norms[2 + i] is None else norm(heads[i], norms[2 + i])
         heads[i] = heads[i] if turn is None else turned(heads[i], turn)
     all_keys, all_values = (
-        torch.cat((past[:, :, :n_past], new), 2).repeat_interleave(2, 1)
-        for past, new in ((keys, heads[1]), (values, heads[2]))
+        torch.cat((old[:, :, : past.n_tokens], new), 2).repeat_interleave(2, 1)
+        for old, new in ((past.keys, heads[1]), (past.values, heads[2]))
     )
     mixed = functional.scaled_dot_product_attention(
         *(t.float() for t in (heads[0], all_keys, all_values)), attn_mask=mask, scale=SIZES.scale
@@ -96,12 +99,13 @@ def test_a_layer_is_what_torch_computes(isa, dtype, n_batch, of_heads, has_turn)
     layers, norms = layers_of(isa, dtype), norms_of(dtype, of_heads)
     call = call_of(dtype, n_batch, has_turn)
     expected, key, value = by_torch(layers, norms, *call)
-    decoder = Decoder(layers, norms, SIZES, dtype, isa=isa)
+    decoder = Decoder(layers, norms, SIZES, dtype, turns=has_turn, isa=isa)
     assert decoder.takes(*call)
-    before = [t[:, :, :PAST].clone() for t in call[2:4]]
-    out = decoder(*call)
+    token, past = call
+    before = [t[:, :, :PAST].clone() for t in (past.keys, past.values)]
+    (out,) = decode([(decoder, past)], token)
     torch.testing.assert_close(out, expected, rtol=EPS[dtype], atol=EPS[dtype] * expected.abs().max().item())
-    for cached, new, old in zip(call[2:4], (key, value), before, strict=True):
+    for cached, new, old in zip((past.keys, past.values), (key, value), before, strict=True):
         torch.testing.assert_close(cached[:, :, PAST], new[:, :, 0], rtol=EPS[dtype], atol=EPS[dtype])
         assert torch.equal(cached[:, :, :PAST], old)
         assert cached[:, :, PAST + 1 :].isnan().all()
@@ -113,69 +117,104 @@ def test_a_mask_hides_keys_and_one_turn_serves_all_sequences(isa):
     mask = torch.rand(3, 1, 1, PAST + 1) < 0.5
     mask[..., -1] = True
     for seen in (mask, mask[:1], mask.expand(3, 4, 1, -1).contiguous()):
-        x, turn, keys, values, _, n_past = call_of(torch.float32, 3)
-        call = x, (turn[0][:1], turn[1][:1]), keys, values, seen, n_past
+        (x, turn, _), past = call_of(torch.float32, 3)
+        token = Token(x, (turn[0][:1], turn[1][:1]), seen)
         decoder = Decoder(layers, norms, SIZES, torch.float32, isa=isa)
-        assert decoder.takes(*call)
-        torch.testing.assert_close(decoder(*call), by_torch(layers, norms, *call)[0], rtol=2e-5, atol=2e-4)
+        assert decoder.takes(token, past)
+        expected = by_torch(layers, norms, token, past)[0]
+        torch.testing.assert_close(decode([(decoder, past)], token)[0], expected, rtol=2e-5, atol=2e-4)
+
+
+def test_layers_in_one_call_are_those_of_single_calls():
+    """One of them turns nothing, and each has keys and values of its own."""
+    pairs, apart, token = [], [], call_of(torch.float32, 3)[0]
+    for turns in (True, False, True):
+        decoder = Decoder(
+            layers_of(), norms_of(torch.float32, of_heads=False), SIZES, torch.float32, turns=turns
+        )
+        past = call_of(torch.float32, 3)[1]
+        pairs.append((decoder, past))
+        apart.append((decoder, copy.deepcopy(past)))
+    x, outs = token.x, decode(pairs, token)
+    for out, (decoder, mine), (_, past) in zip(outs, pairs, apart, strict=True):
+        (x,) = decode([(decoder, past)], token._replace(x=x))
+        assert torch.equal(out, x)
+        assert torch.equal(mine.keys[:, :, : PAST + 1], past.keys[:, :, : PAST + 1])
+        assert torch.equal(mine.values[:, :, : PAST + 1], past.values[:, :, : PAST + 1])
+
+
+def test_a_copy_of_keys_and_values_is_read_where_it_lies():
+    past = call_of(torch.float32, 2)[1]
+    here, other = past.record.keys, copy.deepcopy(past)
+    assert other.record.keys == other.keys.data_ptr() != here
+    assert other.n_tokens == PAST
 
 
 @pytest.mark.parametrize("dtype", list(EPS))
 def test_what_is_undefined_stays_so_and_touches_no_other_sequence(dtype):
     decoder = Decoder(layers_of(dtype=dtype), norms_of(dtype, of_heads=True), SIZES, dtype)
-    call = call_of(dtype, 3)
-    whole = decoder(*call)
-    call[0][1, 0, 3] = torch.nan
-    out = decoder(*call)
+    token, past = call_of(dtype, 3)
+    (whole,) = decode([(decoder, past)], token)
+    token.x[1, 0, 3] = torch.nan
+    (out,) = decode([(decoder, past)], token)
     assert out[1].isnan().all()
     assert torch.equal(out[::2], whole[::2])
 
 
 def test_number_of_threads_does_not_change_a_bit():
     decoder = Decoder(layers_of(), norms_of(torch.float32, of_heads=True), SIZES, torch.float32)
-    call, results = call_of(torch.float32, 2), []
+    (token, past), results = call_of(torch.float32, 2), []
     for n_threads in (1, 2, 3):
         torch.set_num_threads(n_threads)
-        results.append(decoder(*call))
+        results.append(decode([(decoder, past)], token)[0])
     torch.set_num_threads(1)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
+def keys_and_values(change, n_tokens=PAST):
+    """A change of both or one of keys and values."""
+    return lambda token, past: (token, Past(*change(past.keys, past.values), n_tokens))
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x, t, k, v, m, n: (x.expand(-1, 2, -1), t, k, v, m, n),
-        lambda x, t, k, v, m, n: (
-            x[:1].repeat(17, 1, 1),
-            t,
-            *[c[:1].expand(17, -1, -1, -1) for c in (k, v)],
-            m[:1],
-            n,
+        lambda token, past: (token._replace(x=token.x.expand(-1, 2, -1)), past),
+        lambda token, past: (
+            Token(token.x[:1].repeat(17, 1, 1), None, token.mask[:1]),
+            Past(*[c[:1].expand(17, -1, -1, -1) for c in (past.keys, past.values)], PAST),
         ),
-        lambda x, t, k, v, m, n: (x[:0], t, k[:0], v[:0], None, n),
-        lambda x, t, k, v, m, n: (x[..., :-1], t, k, v, m, n),
-        lambda x, t, k, v, m, n: (x.half(), t, k, v, m, n),
-        lambda x, t, k, v, m, n: (x.repeat(1, 1, 2)[..., ::2], t, k, v, m, n),
-        lambda x, t, k, v, m, n: (x.to("meta"), t, k, v, m, n),
-        lambda x, t, k, v, m, n: (x, (t[0][..., :-2], t[1][..., :-2]), k, v, m, n),
-        lambda x, t, k, v, m, n: (x, (t[0], t[1][:1]), k, v, m, n),
-        lambda x, t, k, v, m, n: (x, (t[0].double(), t[1].double()), k, v, m, n),
-        lambda x, t, k, v, m, n: (x, t, k[:1], v, m, n),
-        lambda x, t, k, v, m, n: (x, t, k, v[..., :-16], m, n),
-        lambda x, t, k, v, m, n: (x, t, k, v.half(), m, n),
-        lambda x, t, k, v, m, n: (x, t, k.to("meta"), v, m, n),
-        lambda x, t, k, v, m, n: (x, t, k, v, m[..., :-1], n),
-        lambda x, t, k, v, m, n: (x, t, k, v, m.float(), n),
-        lambda x, t, k, v, m, n: (x, t, k, v, None, ROOM),
-        lambda x, t, k, v, m, n: (x, t, k, v, None, -1),
+        lambda token, past: (
+            Token(token.x[:0], token.turn, None),
+            Past(past.keys[:0], past.values[:0], PAST),
+        ),
+        lambda token, past: (token._replace(x=token.x[..., :-1]), past),
+        lambda token, past: (token._replace(x=token.x.half()), past),
+        lambda token, past: (token._replace(x=token.x.repeat(1, 1, 2)[..., ::2]), past),
+        lambda token, past: (token._replace(x=token.x.to("meta")), past),
+        lambda token, past: (token._replace(turn=tuple(t[..., :-2] for t in token.turn)), past),
+        lambda token, past: (token._replace(turn=(token.turn[0], token.turn[1][:1])), past),
+        lambda token, past: (token._replace(turn=tuple(t.double() for t in token.turn)), past),
+        lambda token, past: (token._replace(turn=None), past),
+        lambda token, past: (token._replace(mask=token.mask[..., :-1]), past),
+        lambda token, past: (token._replace(mask=token.mask.float()), past),
+        keys_and_values(lambda k, v: (k[:1], v)),
+        keys_and_values(lambda k, v: (k, v[..., :-16])),
+        keys_and_values(lambda k, v: (k, v[..., ::2].repeat(1, 1, 1, 2)[..., ::2])),
+        keys_and_values(lambda k, v: (k, v.half())),
+        keys_and_values(lambda k, v: (k.to("meta"), v)),
+        keys_and_values(lambda k, v: (k[0], v[0])),
+        keys_and_values(lambda k, v: (k, v[:, :, :PAST])),
+        lambda token, past: (token._replace(mask=None), Past(past.keys, past.values, ROOM)),
+        lambda token, past: (token._replace(mask=None), Past(past.keys, past.values, -1)),
     ],
 )
 def test_all_else_is_left_to_the_layer(change):
     decoder = Decoder(layers_of(), norms_of(torch.float32, of_heads=False), SIZES, torch.float32)
-    call = call_of(torch.float32, 2, mask=torch.ones(2, 1, 1, PAST + 1, dtype=torch.bool))
-    assert decoder.takes(*call)
-    assert not decoder.takes(*change(*call))
+    token, past = call_of(torch.float32, 2, mask=torch.ones(2, 1, 1, PAST + 1, dtype=torch.bool))
+    assert decoder.takes(token, past)
+    assert not decoder.takes(*change(token, past))
 
 
 @pytest.mark.parametrize(
