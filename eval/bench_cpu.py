@@ -128,7 +128,8 @@ def read_all() -> Turn:
 
 
 def measure(turns: dict[tuple[str, str], Turn], n_rounds: int) -> Table:
-    """Time the rows in turns, in an order drawn anew for each round; medians and quartiles in milliseconds, bandwidth against that of `read`."""
+    """Time the rows in turns, in an order drawn anew for each round; medians and quartiles in milliseconds, bandwidth
+    against that of `read`."""
     times: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
     order = list(turns)
     drawn = random.Random(0)
