@@ -16,8 +16,7 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(dense_fours)(
         const floats_t here = LOAD_FLOATS(x + i);
         if (i % LINE == 0)
             for (int r = 0; r < 4; r++)
-                __builtin_prefetch(weight + at[r] + i + LINES_AHEAD * LINE +
-                                   (i + LINES_AHEAD * LINE >= n ? 3 * n : 0));
+                FETCH_ONCE(weight + at[r] + i + LINES_AHEAD * LINE + (i + LINES_AHEAD * LINE >= n ? 3 * n : 0));
         for (int r = 0; r < 4; r++) sums[r] = TIMES_PLUS(here, FN(load_as)(weight, at[r] + i, DTYPE), sums[r]);
     }
     FOUR_TOTALS(four, sums[0], sums[1], sums[2], sums[3]);

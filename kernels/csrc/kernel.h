@@ -60,7 +60,7 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(read_scales)(
             const int64_t at = (row + r) * n_groups + g;
             const uint16_t *halves = groups->halves + at * n_terms;
             floats_t centre = first, scale;
-            __builtin_prefetch(halves + PREFETCH_GROUPS * n_terms);
+            FETCH_ONCE(halves + PREFETCH_GROUPS * n_terms);
             if (n_terms > 1)
                 scale = FN(halves_apart)(halves, n_here, n_terms);
             else
@@ -68,7 +68,7 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(read_scales)(
             STORE_FLOATS(scales[r].of + i, N_TOKENS > 1 ? scale : TIMES(scale, LOAD_FLOATS(x_scales)));
             if (groups->bytes) {
                 const uint8_t *bytes = groups->bytes + at;
-                __builtin_prefetch(bytes + PREFETCH_GROUPS);
+                FETCH_ONCE(bytes + PREFETCH_GROUPS);
                 floats_t zero = is_whole ? BYTES(bytes) : FEW_BYTES(bytes, n_here);
                 centre = MINUS(centre, TIMES(zero, zero_step));
             }

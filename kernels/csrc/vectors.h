@@ -120,7 +120,7 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(add_vectors)(
 #pragma GCC unroll 4
         for (int r = 0; r < N_ROWS; r++) {
             plane_t plane[8];
-            __builtin_prefetch(at + r * codes_step + PREFETCH_BYTES);
+            FETCH_ONCE(at + r * codes_step + PREFETCH_BYTES);
             UNPACK_VECTOR(plane, at + r * codes_step);
 #pragma GCC unroll 4
             for (int u = 0; u < N_UNITS; u++) {
