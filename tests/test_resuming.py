@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny_models
@@ -242,9 +243,12 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_command_that_is_terminated_goes_on(command, tmp_path, monkeypatch):
+def test_a_command_that_is_terminated_goes_on(command, tmp_path, monkeypatch, request):
     """SIGTERM and Ctrl-C say how to go on; the same command then writes the same weights."""
     keep = resuming.FinishedBlocks.keep
+    # A job that a shell started in the background ignores Ctrl-C, and this process with it.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, n_finished in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
 
         def keep_and_stop(self, block, number=number):
