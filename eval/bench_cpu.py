@@ -6,9 +6,9 @@ Packages that run on CPUs too (`vlmq.eval.peers`) are timed beside them where th
 
 Each layer is (4096, 4096). A row rotates over copies of `ROTATION_BYTES`, more than a cache holds. Rows take turns, so
 that what disturbs the machine disturbs all: two calls each, of which the second is timed, for the first one after
-another row is slower. Their order is drawn anew for each round: a row is a fifth slower after one that has read so much
-that page tables have left the caches. A figure is the median of a row's calls with the quartiles beside it. Read
-bandwidth is that of a sum over as many bytes, by the same threads. The machine must be idle: the load average is
+another row is slower. Their order is drawn anew for each round: a row is a fifth slower after one that reads much more,
+perhaps for page tables that have left the caches. A figure is the median of a row's calls with the quartiles beside it.
+Read bandwidth is that of a sum over as many bytes, by the same threads. The machine must be idle: the load average is
 stored, and above `MAX_LOAD` the figures say little.
 """
 

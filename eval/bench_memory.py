@@ -7,7 +7,7 @@ on a CPU and what torch's allocator holds on a GPU. The peak is the one over the
 it, when only the model was there. Another thread looks at the memory every few milliseconds, and notes the functions
 that are at work where it is larger than ever. Random weights need what trained ones do; the checksum of the packed
 layers shows whether two commits give the same bits. From the second block on the two paths of calibration have parted,
-and what is held grows by the packed layers only, so two blocks are enough to compare commits.
+and what is held grows little, so two blocks are enough to compare commits.
 """
 
 import argparse
