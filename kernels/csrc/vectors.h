@@ -19,6 +19,8 @@
  *                                             are masked without a shift (optional)
  *     FOUR_TOTALS(p, a, b, c, d)              the sum of each of four vectors
  *     WIDE_DOT                                if DOT takes codes of 8 bits
+ *     ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL)  of the ROWS rows of one token, how many are read side by side,
+ *                                             which shares reads of x: 1, 2 or all (optional: all)
  */
 
 /* What a sweep meets in every row: where its vectors begin and how they go on. */
