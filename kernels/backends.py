@@ -56,6 +56,8 @@ class Backend:
     at shape, dtype and device. `forward` and `grad` are called as the reference's two functions are. `bind`, where
     there is one, checks the tensors of a layer (`forward`'s arguments without x) once and returns the layer as a
     function of x: what a layer calls outside of graphs and gradients, to save the costs of an operator.
+    `forward_all(x, layers, format_name, in_features, group_size)`, where there is one, applies several layers (qweight,
+    scales, zeros, bias) to one x in fewer steps, and returns their results one after the other in one row.
     `detail` says for a listing which variant of it this machine runs.
     """
 
@@ -64,6 +66,7 @@ class Backend:
     forward: Callable[..., Tensor]
     grad: Callable[..., Tensor] = reference.quant_linear_grad
     bind: Callable[..., BoundLayer] | None = None
+    forward_all: Callable[..., Tensor] | None = None
     detail: Callable[[], str] | None = None
 
 
@@ -73,10 +76,20 @@ def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int)
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind, detail=cpu.isa_in_use),
-    Backend("triton", triton_backend.why_not, triton_backend.quant_linear, triton_backend.quant_linear_grad),
+    Backend(
+        "triton",
+        triton_backend.why_not,
+        triton_backend.quant_linear,
+        triton_backend.quant_linear_grad,
+        forward_all=triton_backend.quant_linears,
+    ),
     # It rounds activations, and takes what the entry before it takes: so it runs only where it is named.
     Backend(
-        "triton-a8", triton_backend.why_not, triton_backend.quant_linear_a8, triton_backend.quant_linear_grad
+        "triton-a8",
+        triton_backend.why_not,
+        triton_backend.quant_linear_a8,
+        triton_backend.quant_linear_grad,
+        forward_all=triton_backend.quant_linears_a8,
     ),
     Backend("reference", _runs_always, reference.quant_linear),
 )

@@ -1,4 +1,4 @@
-"""The operator `torch.ops.vlmq.quant_linear`, whichever backend runs it (`vlmq.kernels.backends`).
+"""The operators `torch.ops.vlmq.quant_linear` and `quant_linears`, whichever backend (`vlmq.kernels.backends`) runs.
 
     y = x W^T + bias,    dL/dx = dL/dy W
 
@@ -6,9 +6,13 @@ W is given by its packed parts (see `vlmq.kernels.packing` and `vlmq.kernels.ref
 opaque to torch.compile, knows its shapes on the meta device, and is differentiable with respect to x and
 bias, so a gradient can pass through a quantized block. Scales have no gradient. Shapes and dtypes of the
 parts are checked where a module is built or loaded, not at each call.
+
+`quant_linears` applies several layers to the same x, in one launch where the backend can; it has no gradient.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -25,15 +29,21 @@ def runs_plainly(x: Tensor, parts: Sequence[Tensor | None]) -> bool:
 
     Then a layer may call a backend itself. It is asked at each call, so the cheapest questions come first.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parts)):
-        return False
     return (
-        type(x) is Tensor
+        not wants_gradient(x, parts)
+        and type(x) is Tensor
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
+    )
+
+
+def wants_gradient(x: Tensor, parts: Sequence[Tensor | None]) -> bool:
+    """Say whether a gradient is to pass through a layer."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p is not None and p.requires_grad for p in parts)
     )
 
 
@@ -79,6 +89,50 @@ def _(
     group_size: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@torch.library.custom_op("vlmq::quant_linears", mutates_args=(), device_types=("cpu", "cuda"))
+def quant_linears(
+    x: Tensor,
+    qweights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Apply packed linear layers of one format to the same x.
+
+    Args:
+        x: (..., in_features).
+        qweights, scales, zeros, biases: of each layer, as in `vlmq.kernels.reference.quant_linear`; of zero points and
+            biases an entry for each layer, or none.
+        format_name, in_features, group_size: of all of them.
+
+    Returns:
+        The results (n_tokens, out_features) of the layers, one after the other in one row, in the dtype of x.
+    """
+    backend = choose_backend(x, format_name, in_features, group_size)
+    layers = list(zip(qweights, scales, zeros or repeat(None), biases or repeat(None)))  # noqa: B905  some are endless
+    if backend.forward_all is not None:
+        return backend.forward_all(x, layers, format_name, in_features, group_size)
+    results = [backend.forward(x, *layer, format_name, in_features, group_size) for layer in layers]
+    return torch.cat([y.reshape(-1) for y in results])
+
+
+@quant_linears.register_fake
+def _(
+    x: Tensor,
+    qweights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]) * sum(qweight.shape[0] for qweight in qweights))
 
 
 @torch.library.custom_op("vlmq::quant_linear_grad", mutates_args=(), device_types=("cpu", "cuda"))

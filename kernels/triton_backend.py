@@ -4,11 +4,14 @@ Triton is optional, takes a second to import, and decides at import whether it i
 it before a tensor on a GPU needs it.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from vlmq.kernels.parts import Layer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -41,6 +44,15 @@ def quant_linear(
     return triton_linear.quant_linear(x, qweight, scales, zeros, bias, format_name, in_features, group_size)
 
 
+def quant_linears(
+    x: Tensor, layers: Sequence[Layer], format_name: str, in_features: int, group_size: int
+) -> Tensor:
+    """Apply layers of one format to the same x, as `vlmq.kernels.triton_linear.quant_linears`."""
+    from vlmq.kernels import triton_linear
+
+    return triton_linear.quant_linears(x, layers, format_name, in_features, group_size)
+
+
 def quant_linear_a8(
     x: Tensor,
     qweight: Tensor,
@@ -53,12 +65,21 @@ def quant_linear_a8(
 ) -> Tensor:
     """Apply the packed linear layer to x rounded to 8 bits, where there are A8_TOKENS at most and its kernel takes the
     layer; to x as it is elsewhere."""
+    layers = [(qweight, scales, zeros, bias)]
+    y = quant_linears_a8(x, layers, format_name, in_features, group_size)
+    return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def quant_linears_a8(
+    x: Tensor, layers: Sequence[Layer], format_name: str, in_features: int, group_size: int
+) -> Tensor:
+    """As `quant_linears`, with x rounded where `quant_linear_a8` rounds it."""
     from vlmq.kernels import triton_int8, triton_linear
 
     is_few = x.numel() <= A8_TOKENS * in_features
     takes = is_few and triton_int8.why_not(format_name, in_features, group_size) is None
-    run = triton_int8.quant_linear if takes else triton_linear.quant_linear
-    return run(x, qweight, scales, zeros, bias, format_name, in_features, group_size)
+    run = triton_int8.quant_linears if takes else triton_linear.quant_linears
+    return run(x, layers, format_name, in_features, group_size)
 
 
 def quant_linear_grad(

@@ -11,19 +11,21 @@ bytes are 2^(b i) times the codes k = L i + 2j + (0, 64, 1, 65), L = 8 b lanes, 
 stored as words of the same order, (tokens, 8 / b, words of a row) int32, by the kernel that quantizes them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vlmq.formats import get_format
+from vlmq.kernels.parts import Layer, by_part, checked_layers, rows_of
+from vlmq.kernels.triton_layers import layer_of, one_of, total_of
 from vlmq.kernels.triton_linear import (
-    checked_parts,
     kernel_format,
     launch_options,
     n_processors,
     on_device,
-    rows_of,
     sum_splits,
 )
 
@@ -159,6 +161,7 @@ def int8_matmul_kernel(
     p_weight,
     p_scales,
     p_zeros,
+    p_bias,
     p_y,
     M,
     N,
@@ -173,12 +176,13 @@ def int8_matmul_kernel(
 
     Args:
         p_words, p_x_scales: of `quantize_kernel`.
-        p_weight: (N, n_words) int32. p_scales: (N, groups, 1) float16. p_zeros: (N, groups) uint8 or None.
-        p_y: (splits, M, N) float32.
+        p_weight, p_scales, p_zeros, p_bias, N: one entry for each layer. p_weight: (N, n_words) int32. p_scales:
+            (N, groups, 1) float16. p_zeros: (N, groups) uint8, or None for all. p_bias: (N,), or None for all.
+        p_y: (M, N) of each layer, one after the other, for each split; float32.
         FORMAT: (bits, 1, first level, step of the levels), of 1, 2 or 4 bits.
         GROUP: 0 (one group per channel) or 128.
 
-    Grid: (tiles of N, M, splits of the words).
+    Grid: (tiles of N of all layers, M, splits of the words).
     """
     BITS: tl.constexpr = FORMAT[0]
     WORDS: tl.constexpr = 4 * BITS
@@ -186,13 +190,14 @@ def int8_matmul_kernel(
     POSITIONS: tl.constexpr = min(4, 8 // BITS)
     tl.static_assert(FORMAT[1] == 1 and (GROUP == 0 or GROUP == 128))
     i_m, i_s = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(o_n, N - 1).to(tl.int64)
+    layer, i_n, n_rows, n_before = layer_of(tl.program_id(0), N, BLOCK_N)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(o_n, n_rows - 1).to(tl.int64)
     share = tl.cdiv(tl.cdiv(n_words, BLOCK_WORDS), tl.num_programs(2)) * BLOCK_WORDS
     n_groups = n_words // WORDS
-    p_w = p_weight + row[:, None] * n_words
-    p_s = p_scales + row[:, None] * n_groups
-    p_z = None if p_zeros is None else p_zeros + row[:, None] * n_groups
+    p_w = one_of(p_weight, layer) + row[:, None] * n_words
+    p_s = one_of(p_scales, layer) + row[:, None] * n_groups
+    p_z = None if p_zeros is None else one_of(p_zeros, layer) + row[:, None] * n_groups
     p_x = p_words + i_m * (8 // BITS) * n_words
     zeros = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32)
     t0, t1, t2, t3 = zeros, zeros, zeros, zeros
@@ -218,12 +223,17 @@ def int8_matmul_kernel(
             acc += s * (t - centre * x_total.to(tl.float32))
     if GROUP == 0:
         t = tl.sum(_together(t0, t1, t2, t3, BITS, POSITIONS), axis=1).to(tl.float32)
-        s, centre = _line(p_scales + row, None if p_zeros is None else p_zeros + row, FORMAT)
+        p_one = None if p_zeros is None else one_of(p_zeros, layer) + row
+        s, centre = _line(one_of(p_scales, layer) + row, p_one, FORMAT)
         y = s * (t - centre * tl.sum(x_total).to(tl.float32))
     else:
         y = tl.sum(acc, axis=1)
     y *= tl.load(p_x_scales + i_m)
-    tl.store(p_y + (i_s.to(tl.int64) * M + i_m) * N + o_n, y, mask=o_n < N)
+    if p_bias is not None:  # noqa: SIM102  the compiler settles this one, and the GPU the other
+        if i_s == 0:
+            y += tl.load(one_of(p_bias, layer) + row).to(tl.float32)
+    p_y += (i_s.to(tl.int64) * total_of(N) + n_before) * M + i_m * n_rows
+    tl.store(p_y + o_n, y, mask=o_n < n_rows)
 
 
 @triton.jit
@@ -275,24 +285,45 @@ def quant_linear(
         ValueError: a format, size or group size that the kernel does not take (`why_not`), or a tensor whose shape,
             dtype or device does not fit the others.
     """
+    layers = [(qweight, scales, zeros, bias)]
+    y = quant_linears(x, layers, format_name, in_features, group_size, use_assembly=use_assembly)
+    return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def quant_linears(
+    x: Tensor,
+    layers: Sequence[Layer],
+    format_name: str,
+    in_features: int,
+    group_size: int,
+    *,
+    use_assembly: bool | None = None,
+) -> Tensor:
+    """Apply packed linear layers of one format to the same x, rounded once, in one launch.
+
+    Arguments as those of `quant_linear`; returns and raises as `vlmq.kernels.triton_linear.quant_linears`.
+    """
     if reason := why_not(format_name, in_features, group_size):
         raise ValueError(f"decoding with 8-bit activations {reason}")
     fmt = get_format(format_name)
     rows = rows_of("x", x, in_features)
-    qweight, scales, zeros, bias = checked_parts(
-        (qweight, scales, zeros, bias), format_name, in_features, group_size, x.device
-    )
-    (n_tokens, _), out_features = rows.shape, qweight.shape[0]
-    y = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
+    layers = checked_layers(layers, format_name, in_features, group_size, x.device)
+    n_tokens, widths = rows.shape[0], tuple(layer[0].shape[0] for layer in layers)
+    y = torch.empty(n_tokens * sum(widths), dtype=x.dtype, device=x.device)
     if n_tokens:
         n_words = in_features * fmt.bits // 32
-        tiles = triton.cdiv(out_features, BLOCK_N) * n_tokens
+        n_tiles = sum(triton.cdiv(width, BLOCK_N) for width in widths)
         splits = 1
-        while splits < 16 and splits * tiles <= 16 * n_processors(x.device) and 512 * splits <= n_words:
+        while (
+            splits < 16
+            and splits * n_tiles * n_tokens <= 16 * n_processors(x.device)
+            and 512 * splits <= n_words
+        ):
             splits *= 2
         words = torch.empty(n_tokens, 8 // fmt.bits, n_words, dtype=torch.int32, device=x.device)
         x_scales = torch.empty(n_tokens, dtype=torch.float32, device=x.device)
-        partial = torch.empty(splits, n_tokens, out_features, dtype=torch.float32, device=x.device)
+        partial = torch.empty(splits, y.numel(), dtype=torch.float32, device=x.device)
+        qweights, scales, zeros, biases = by_part(layers)
         with on_device(x):
             quantize_kernel[(n_tokens, triton.cdiv(n_words, 128))](
                 rows,
@@ -304,16 +335,16 @@ def quant_linear(
                 BLOCK=128,
                 **launch_options(8, 1),
             )
-            grid = (triton.cdiv(out_features, BLOCK_N), n_tokens, splits)
-            int8_matmul_kernel[grid](
+            int8_matmul_kernel[(n_tiles, n_tokens, splits)](
                 words,
                 x_scales,
-                qweight.view(torch.int32),
+                tuple(qweight.view(torch.int32) for qweight in qweights),
                 scales,
                 zeros,
+                biases,
                 partial,
                 n_tokens,
-                out_features,
+                widths,
                 n_words,
                 FORMAT=kernel_format(fmt),
                 GROUP=group_size,
@@ -322,5 +353,5 @@ def quant_linear(
                 ASM=not triton.knobs.runtime.interpret if use_assembly is None else use_assembly,
                 **launch_options(1, 1),
             )
-            sum_splits(partial, bias, y)
-    return y.view(*x.shape[:-1], out_features)
+            sum_splits(partial, y)
+    return y

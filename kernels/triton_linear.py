@@ -9,6 +9,7 @@ WORKSPACE_BYTES of dequantized rows at most.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vlmq.formats import Format, get_format
 from vlmq.kernels.packing import row_bytes
-from vlmq.kernels.parts import check_parts
+from vlmq.kernels.parts import Layer, by_part, checked_layers, checked_parts, rows_of
 from vlmq.kernels.triton_config import (
     MAX_FUSED_TOKENS,
     MatmulConfig,
@@ -60,17 +61,36 @@ def quant_linear(
     Raises:
         ValueError: a tensor whose shape, dtype or device does not fit the others.
     """
-    rows = rows_of("x", x, in_features)
-    qweight, scales, zeros, bias = checked_parts(
-        (qweight, scales, zeros, bias), format_name, in_features, group_size, x.device
-    )
-    weight = (qweight, scales, zeros, format_name, in_features, group_size)
-    with on_device(x):
-        if rows.dtype == torch.float32 or rows.shape[0] > MAX_FUSED_TOKENS:
-            y = dequantized_linear(rows, *weight, bias)
-        else:
-            y = fused_linear(rows, *weight, bias)
+    y = quant_linears(x, [(qweight, scales, zeros, bias)], format_name, in_features, group_size)
     return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def quant_linears(
+    x: Tensor, layers: Sequence[Layer], format_name: str, in_features: int, group_size: int
+) -> Tensor:
+    """Apply packed linear layers of one format to the same x, few tokens in one launch.
+
+    Args:
+        x: (..., in_features) float16, bfloat16 or float32.
+        layers: what `quant_linear` takes of each.
+
+    Returns:
+        The results (n_tokens, out_features) of the layers, one after the other in one row, in the dtype of x.
+
+    Raises:
+        ValueError: a tensor whose shape, dtype or device does not fit the others, or biases that differ in dtype.
+    """
+    rows = rows_of("x", x, in_features)
+    layers = checked_layers(layers, format_name, in_features, group_size, x.device)
+    with on_device(x):
+        if rows.dtype != torch.float32 and rows.shape[0] <= MAX_FUSED_TOKENS:
+            return fused_linears(rows, layers, format_name, in_features, group_size)
+        widths = [layer[0].shape[0] for layer in layers]
+        y = torch.empty(rows.shape[0] * sum(widths), dtype=x.dtype, device=x.device)
+        outs = y.split([rows.shape[0] * width for width in widths])
+        for layer, out, width in zip(layers, outs, widths, strict=True):
+            _dequantized_linear(rows, layer, format_name, group_size, out.view(-1, width))
+    return y
 
 
 def quant_linear_grad(
@@ -108,39 +128,74 @@ def quant_linear_grad(
     return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
-def rows_of(name: str, x: Tensor, n_features: int) -> Tensor:
-    """Return x (..., n_features) as (n_tokens, n_features), contiguous.
-
-    Raises:
-        ValueError: its last dimension is another.
-    """
-    if x.ndim == 0 or x.shape[-1] != n_features:
-        raise ValueError(f"{name} must be (..., {n_features}), got {tuple(x.shape)}")
-    return x.reshape(-1, n_features).contiguous()
-
-
-def checked_parts(
-    parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+def fused_linears(
+    x: Tensor,
+    layers: Sequence[Layer],
     format_name: str,
     in_features: int,
     group_size: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return (qweight, scales, zeros, bias) as the kernels read them: of the sizes they assume, and contiguous.
+    *,
+    config: MatmulConfig | None = None,
+    use_assembly: bool | None = None,
+) -> Tensor:
+    """Multiply by packed weights in one pass.
 
-    It looks at shapes, not at values, so it costs some microseconds of the host and nothing in a CUDA graph.
+    Args:
+        x: (n_tokens, in_features) float16 or bfloat16, contiguous.
+        layers: of `checked_layers`.
+        config: tiles; by default those of the table for this GPU and shape.
+        use_assembly: False for the plain form that the interpreter runs too; by default wherever it can be used.
 
-    Raises:
-        ValueError: a shape, dtype or device that is not the expected one.
+    Returns:
+        As `quant_linears`.
     """
-    check_parts(*parts, get_format(format_name), in_features, group_size, device)
-    qweight, scales, zeros, bias = parts
-    return (
-        qweight.contiguous(),
-        scales.contiguous(),
-        None if zeros is None else zeros.contiguous(),
-        None if bias is None else bias.contiguous(),
+    fmt = get_format(format_name)
+    n_tokens, widths = x.shape[0], tuple(layer[0].shape[0] for layer in layers)
+    out_features = sum(widths)
+    y = torch.empty(n_tokens * out_features, dtype=x.dtype, device=x.device)
+    if n_tokens == 0:
+        return y
+    config = config or choose_config(x.device, n_tokens, out_features, in_features, format_name, group_size)
+    target = y
+    if config.splits > 1:
+        target = torch.empty(config.splits, y.numel(), dtype=torch.float32, device=x.device)
+    interpreted = triton.knobs.runtime.interpret
+    compute = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+    if interpreted and compute == tl.bfloat16:
+        compute = tl.float32
+    qweights, scales, zeros, biases = by_part(layers)
+    _, row_units, high_units, unit = _lanes(qweights[0], fmt, in_features)
+    grid = (
+        sum(triton.cdiv(width, config.block_n) for width in widths),
+        triton.cdiv(n_tokens, config.block_m),
+        config.splits,
     )
+    matmul_kernel[grid](
+        x,
+        tuple(qweight.view(torch.uint16) for qweight in qweights),
+        scales,
+        zeros,
+        biases,
+        target,
+        n_tokens,
+        widths,
+        in_features,
+        row_units,
+        high_units,
+        UNIT=unit,
+        FORMAT=kernel_format(fmt),
+        GROUP=group_size,
+        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m,
+        BLOCKS=config.blocks,
+        K_UNIT=row_unit(in_features),
+        COMPUTE=compute,
+        ASM=not interpreted if use_assembly is None else use_assembly,
+        **launch_options(config.warps, config.stages),
+    )
+    if target is not y:
+        sum_splits(target, y)
+    return y
 
 
 def fused_linear(
@@ -156,85 +211,24 @@ def fused_linear(
     config: MatmulConfig | None = None,
     use_assembly: bool | None = None,
 ) -> Tensor:
-    """Multiply by the packed weight in one pass.
-
-    Args:
-        x: (n_tokens, in_features) float16 or bfloat16, contiguous.
-        config: tiles; by default those of the table for this GPU and shape.
-        use_assembly: False for the plain form that the interpreter runs too; by default wherever it can be used.
-
-    Returns:
-        (n_tokens, out_features) in the dtype of x.
-    """
-    fmt = get_format(format_name)
-    (n_tokens, _), out_features = x.shape, qweight.shape[0]
-    y = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
-    if n_tokens == 0:
-        return y
-    config = config or choose_config(x.device, n_tokens, out_features, in_features, format_name, group_size)
-    is_split = config.splits > 1
-    target = y
-    if is_split:
-        target = torch.empty(config.splits, n_tokens, out_features, dtype=torch.float32, device=x.device)
-    interpreted = triton.knobs.runtime.interpret
-    compute = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-    if interpreted and compute == tl.bfloat16:
-        compute = tl.float32
-    lanes, row_units, high_units, unit = _lanes(qweight, fmt, in_features)
-    grid = (
-        triton.cdiv(out_features, config.block_n),
-        triton.cdiv(n_tokens, config.block_m),
-        config.splits,
-    )
-    matmul_kernel[grid](
-        x,
-        lanes,
-        scales,
-        zeros,
-        None if is_split else bias,
-        target,
-        n_tokens,
-        out_features,
-        in_features,
-        row_units,
-        high_units,
-        UNIT=unit,
-        FORMAT=kernel_format(fmt),
-        GROUP=group_size,
-        BLOCK_N=config.block_n,
-        BLOCK_M=config.block_m,
-        BLOCKS=config.blocks,
-        K_UNIT=row_unit(in_features),
-        COMPUTE=compute,
-        ASM=not interpreted if use_assembly is None else use_assembly,
-        **launch_options(config.warps, config.stages),
-    )
-    if is_split:
-        sum_splits(target, bias, y)
-    return y
+    """`fused_linears` of one layer; (n_tokens, out_features)."""
+    layers = [(qweight, scales, zeros, bias)]
+    sizes = (format_name, in_features, group_size)
+    y = fused_linears(x, layers, *sizes, config=config, use_assembly=use_assembly)
+    return y.view(-1, qweight.shape[0])
 
 
-def dequantized_linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    format_name: str,
-    in_features: int,
-    group_size: int,
-    bias: Tensor | None = None,
-) -> Tensor:
+def _dequantized_linear(x: Tensor, layer: Layer, format_name: str, group_size: int, out: Tensor) -> None:
     """Multiply x (n_tokens, in_features) by rows that are dequantized into a workspace, as many as it holds."""
-    out_features = qweight.shape[0]
-    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    for part in _slices(out_features, _workspace_rows(in_features, x.dtype)):
+    qweight, scales, zeros, bias = layer
+    in_features = x.shape[1]
+    for part in _slices(qweight.shape[0], _workspace_rows(in_features, x.dtype)):
         weight = _dequantize(qweight, scales, zeros, format_name, in_features, group_size, part, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if bias is None:
-                torch.mm(x, weight.T, out=y[:, part])
+                torch.mm(x, weight.T, out=out[:, part])
             else:
-                torch.addmm(bias[part].to(x.dtype), x, weight.T, out=y[:, part])
-    return y
+                torch.addmm(bias[part].to(x.dtype), x, weight.T, out=out[:, part])
 
 
 def dequantize(
@@ -303,12 +297,11 @@ def choose_config(
     )
 
 
-def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Write sum of partial (splits, n_tokens, out_features) float32 over the splits, in order, plus bias, to y."""
-    n_splits, n_tokens, out_features = partial.shape
-    grid = (triton.cdiv(n_tokens * out_features, _REDUCE_BLOCK),)
+def sum_splits(partial: Tensor, y: Tensor) -> None:
+    """Write the sum of partial (splits, n) float32 over the splits, in order, to y (n,)."""
+    n_splits, n = partial.shape
     options = launch_options(4, 1)
-    reduce_kernel[grid](partial, bias, y, n_tokens, out_features, n_splits, BLOCK=_REDUCE_BLOCK, **options)
+    reduce_kernel[(triton.cdiv(n, _REDUCE_BLOCK),)](partial, y, n, n_splits, BLOCK=_REDUCE_BLOCK, **options)
 
 
 def kernel_format(fmt: Format) -> tuple[int, int, float, float]:

@@ -11,12 +11,15 @@ Weights are never rounded, except in the block at the end of a row that is short
 the reference does and rounded to the dtype of x.
 
 With few tokens one output tile cannot fill a GPU, so K is split over programs: each writes its float32 partial sums,
-and `reduce_kernel` adds them in order, with the bias. No atomics: the same input gives the same bits.
+the first with the bias, and `reduce_kernel` adds them in order. No atomics: the same input gives the same bits.
+
+Layers that read the same x are computed in one launch: the tiles of the second come after those of the first.
 """
 
 import triton
 import triton.language as tl
 
+from vlmq.kernels.triton_layers import layer_of, one_of, total_of
 from vlmq.kernels.triton_unpack import (
     codes_per_plane,
     digit,
@@ -291,12 +294,13 @@ def matmul_kernel(
     COMPUTE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One tile of y, or of one split's partial sums.
+    """One tile of y of one of the layers, or of one split's partial sums.
 
     Args:
-        p_x: (M, K) float16 or bfloat16. p_weight: (N, row_units * UNIT) uint16 lanes. p_scales: (N, groups, terms)
-            float16. p_zeros: (N, groups) uint8 or None. p_bias: (N,) or None, and None where K is split.
-        p_y: (M, N) in the dtype of x, or (splits, M, N) float32.
+        p_x: (M, K) float16 or bfloat16.
+        p_weight, p_scales, p_zeros, p_bias, N: one entry for each layer. p_weight: (N, row_units * UNIT) uint16 lanes.
+            p_scales: (N, groups, terms) float16. p_zeros: (N, groups) uint8, or None for all. p_bias: (N,), or None.
+        p_y: (M, N) of each layer, one after the other, in the dtype of x; or (splits, those) float32.
         row_units: lanes of a row, in UNIT, which tells the compiler what the rows are aligned to.
         high_units: lanes before the part of the third bit of 3-bit codes, in UNIT.
         FORMAT: (bits, terms, first level, step of the levels).
@@ -306,58 +310,50 @@ def matmul_kernel(
         COMPUTE: float32 for bfloat16 in the interpreter, else the dtype of x.
         ASM: inline assembly, not for the interpreter.
 
-    Grid: (tiles of N, tiles of M, splits of K).
+    Grid: (tiles of N of all layers, tiles of M, splits of K).
     """
     TERMS: tl.constexpr = FORMAT[1]
     if K_UNIT < 16:
         K = K // K_UNIT * K_UNIT
     tl.static_assert(BLOCKS == 1 or GROUP == 0)
     tl.static_assert(BLOCK_N >= 16 and BLOCK_M >= 8)
-    i_n, i_m, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_m, i_s = tl.program_id(1), tl.program_id(2)
+    layer, i_n, n_rows, n_before = layer_of(tl.program_id(0), N, BLOCK_N)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the last read the last one, and are not stored.
-    row = tl.minimum(o_n, N - 1).to(tl.int64)
+    row = tl.minimum(o_n, n_rows - 1).to(tl.int64)
     n_groups = 1 if GROUP == 0 else (K + GROUP - 1) // GROUP
-    p_s = p_scales + row * (n_groups * TERMS)
-    p_z = None if p_zeros is None else p_zeros + row * n_groups
-    p_row = p_weight + row[:, None] * (row_units * UNIT)
+    p_lanes = one_of(p_weight, layer)
+    p_s = one_of(p_scales, layer) + row * (n_groups * TERMS)
+    p_z = None if p_zeros is None else one_of(p_zeros, layer) + row * n_groups
+    p_row = p_lanes + row[:, None] * (row_units * UNIT)
     o_high = high_units * UNIT
     m_x = (o_m < M)[None, :]
     p_x_rows = p_x + o_m.to(tl.int64)[None, :] * K
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     acc = _whole_block_products(
-        acc, p_x_rows, m_x, p_weight, p_row, p_s, p_z, K, o_high, FORMAT, GROUP, BLOCKS, COMPUTE, ASM
+        acc, p_x_rows, m_x, p_lanes, p_row, p_s, p_z, K, o_high, FORMAT, GROUP, BLOCKS, COMPUTE, ASM
     )
     if K_UNIT < 128 and i_s == tl.num_programs(2) - 1:
+        p_z_tail = None if p_zeros is None else p_z[:, None]
         acc = _tail_products(
-            acc,
-            p_x_rows,
-            m_x,
-            p_row,
-            p_s[:, None],
-            None if p_zeros is None else p_z[:, None],
-            K,
-            o_high,
-            FORMAT,
-            GROUP,
-            COMPUTE,
-            16,
+            acc, p_x_rows, m_x, p_row, p_s[:, None], p_z_tail, K, o_high, FORMAT, GROUP, COMPUTE, 16
         )
-    if p_bias is not None:
-        acc += tl.load(p_bias + row).to(tl.float32)[:, None]
-    p_tile = p_y + (i_s.to(tl.int64) * M + o_m.to(tl.int64)[None, :]) * N + o_n[:, None]
-    tl.store(p_tile, acc.to(p_y.dtype.element_ty), mask=m_x & (o_n < N)[:, None])
+    if p_bias is not None:  # noqa: SIM102  the compiler settles this one, and the GPU the other
+        if i_s == 0:
+            acc += tl.load(one_of(p_bias, layer) + row).to(tl.float32)[:, None]
+    p_y += (i_s.to(tl.int64) * total_of(N) + n_before) * M
+    p_tile = p_y + o_m.to(tl.int64)[None, :] * n_rows + o_n[:, None]
+    tl.store(p_tile, acc.to(p_y.dtype.element_ty), mask=m_x & (o_n < n_rows)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "n_splits"])
-def reduce_kernel(p_partial, p_bias, p_y, M, N, n_splits, BLOCK: tl.constexpr):
-    """y[m, n] = sum over splits of partial[split, m, n], in order, + bias[n]; grid (cdiv(M * N, BLOCK),)."""
+@triton.jit(do_not_specialize=["n_splits"])
+def reduce_kernel(p_partial, p_y, n, n_splits, BLOCK: tl.constexpr):
+    """y[i] = sum over splits of partial[split, i], in order, of n numbers; grid (cdiv(n, BLOCK),)."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    n = M.to(tl.int64) * N
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for i in range(n_splits):
-        total += tl.load(p_partial + i * n + o, mask=o < n, other=0.0)
-    if p_bias is not None:
-        total += tl.load(p_bias + o % N, mask=o < n, other=0.0).to(tl.float32)
+    for _ in range(n_splits):
+        total += tl.load(p_partial + o, mask=o < n, other=0.0)
+        p_partial += n
     tl.store(p_y + o, total.to(p_y.dtype.element_ty), mask=o < n)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmq.formats import GROUP_SIZES, Format, QuantizedWeight, n_groups
+from vlmq.joint import JointLayers, joint_layers
 from vlmq.kernels import reference
 from vlmq.kernels.backends import BoundLayer, explain, kernel_name
 from vlmq.kernels.ops import Parts, bind, quant_linear, runs_plainly
@@ -73,6 +74,7 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         self.report: LayerReport | None = None
         self.siblings: SharedInput | None = None
+        self.joint: JointLayers | None = None
         self._bound: BoundLayer | None = None
         groups = (out_features, n_groups(in_features, group_size))
         width = row_bytes(in_features, format.bits)
@@ -124,6 +126,8 @@ class QuantLinear(nn.Module):
             bound = self._bound_to(x, parts)
             if bound is not None:
                 return bound(x) if siblings is None else siblings.apply(self, bound, x)
+        if self.joint is not None and (result := self.joint.apply(self, x)) is not None:
+            return result
         return quant_linear(x, *parts, self.format.name, self.in_features, self.group_size or 0)
 
     def bound_to(self, x: Tensor) -> BoundLayer | None:
@@ -209,8 +213,9 @@ class QuantLinear(nn.Module):
 
     def _forget(self) -> None:
         self._bound = None
-        if self.siblings is not None:
-            self.siblings.forget()
+        for shared in (self.siblings, self.joint):
+            if shared is not None:
+                shared.forget()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._forget()
@@ -237,16 +242,20 @@ def true_bits(module: QuantLinear) -> int:
 
 
 def link_siblings(model: nn.Module) -> None:
-    """Let the packed layers of each module that have equally many inputs share them."""
+    """Let the packed layers of each module that have equally many inputs share them, and find those of one launch."""
     for module in model.modules():
+        packed = {name: child for name, child in module.named_children() if isinstance(child, QuantLinear)}
         by_width: dict[int, list[QuantLinear]] = {}
-        for child in module.children():
-            if isinstance(child, QuantLinear):
-                by_width.setdefault(child.in_features, []).append(child)
+        for layer in packed.values():
+            by_width.setdefault(layer.in_features, []).append(layer)
         for layers in by_width.values():
             shared = SharedInput() if len(layers) > 1 else None
             for layer in layers:
-                layer.siblings = shared
+                layer.siblings, layer.joint = shared, None
+        for joint in joint_layers(module, packed):
+            for layer in packed.values():
+                if layer in joint.layers:
+                    layer.joint = joint
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:

@@ -29,6 +29,19 @@ def test_quant_linear_grad_passes_opcheck():
     torch.library.opcheck(torch.ops.vlmq.quant_linear_grad.default, args)
 
 
+@pytest.mark.parametrize(("name", "with_bias"), [("int4", True), ("ternary", False)])
+@pytest.mark.parametrize("lead", [(), (2, 3), (0,)])
+def test_several_layers_pass_opcheck_and_follow_one_another(name, with_bias, lead, device):
+    x = torch.randn(*lead, 72, device=device)
+    layers = [arguments(name, x, with_bias=with_bias, out_features=n, device=device)[1][1:5] for n in (9, 5)]
+    parts = [[tensor for tensor in part if tensor is not None] for part in zip(*layers, strict=True)]
+    sizes = (name, 72, 64)
+    torch.library.opcheck(torch.ops.vlmq.quant_linears.default, (x, *parts, *sizes))
+    y = torch.ops.vlmq.quant_linears(x, *parts, *sizes)
+    alone = [torch.ops.vlmq.quant_linear(x, *layer, *sizes) for layer in layers]
+    assert torch.equal(y, torch.cat([one.flatten() for one in alone]))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("lead", [(), (2, 3)])
 def test_gradient_is_that_of_a_dense_layer(name, lead):

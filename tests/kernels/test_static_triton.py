@@ -41,7 +41,7 @@ def _tools():
 
 
 def compile_matmul(
-    name, group_size, arch, *, n_tokens=1, dtype="bf16", tail=False, in_features=None
+    name, group_size, arch, *, n_tokens=1, dtype="bf16", tail=False, in_features=None, layers=1, bias=None
 ) -> tuple[MachineCode, float]:
     """Machine code, and weights that a thread takes in one iteration of its main loop."""
     fmt = get_format(name)
@@ -55,7 +55,7 @@ def compile_matmul(
             "p_weight": "*u16",
             "p_scales": "*fp16",
             "p_zeros": "*u8" if fmt.has_zero else None,
-            "p_bias": None,
+            "p_bias": bias,
             "p_y": "*fp32",
         },
         {
@@ -69,6 +69,7 @@ def compile_matmul(
             "COMPUTE": DTYPES[dtype],
             "ASM": True,
         },
+        layers=layers,
         warps=tiles.warps,
         stages=tiles.stages,
         unaligned=("K",) if in_features % 16 else (),
@@ -185,13 +186,13 @@ def test_sizes_of_one_compile(group_size):
     pointers = {"p_x": "*fp16", "p_weight": "*u16", "p_scales": "*fp16", "p_zeros": "*u8", "p_bias": "*fp16"}
     tiles = {"BLOCK_N": 32, "BLOCK_M": 8, "BLOCKS": 1, "K_UNIT": 1, "COMPUTE": DTYPES["fp16"]}
     constants = ones | tiles | {"FORMAT": kernel_format("int3")}
-    check(compile_kernel(matmul_kernel, 90, pointers | {"p_y": "*fp16"}, constants), 90)
+    check(compile_kernel(matmul_kernel, 90, pointers | {"p_y": "*fp16"}, constants, layers=1), 90)
     del pointers["p_x"], pointers["p_bias"]
     constants = {name: one for name, one in ones.items() if name != "ASM"} | {"BLOCK_N": 16}
     constants |= {"FORMAT": kernel_format("int3"), "K_UNIT": 1}
     check(compile_kernel(dequantize_kernel, 90, pointers | {"p_out": "*fp16"}, constants), 90)
-    reduction = {"p_partial": "*fp32", "p_bias": None, "p_y": "*fp16"}
-    check(compile_kernel(reduce_kernel, 90, reduction, {"N": 1, "BLOCK": 512}), 90)
+    reduction = {"p_partial": "*fp32", "p_y": "*fp16"}
+    check(compile_kernel(reduce_kernel, 90, reduction, {"n": 1, "BLOCK": 512}), 90)
 
 
 def compile_dequantize(name, group_size, in_features) -> tuple[MachineCode, int]:
@@ -232,7 +233,7 @@ def test_dequantize_stores_as_wide_as_a_row_is_aligned(in_features, per_store):
 
 
 def test_reduction_does_not_spill():
-    pointers = {"p_partial": "*fp32", "p_bias": "*bf16", "p_y": "*bf16"}
+    pointers = {"p_partial": "*fp32", "p_y": "*bf16"}
     code = compile_kernel(reduce_kernel, 90, pointers, {"BLOCK": 512})
     check(code, 90)
     assert code.all["ATOM"] + code.all["RED"] == 0

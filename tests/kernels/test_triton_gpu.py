@@ -88,6 +88,59 @@ def test_cuda_graph_replays_with_new_inputs(name, group_size, n_tokens):
         assert torch.equal(y, torch.ops.vlmq.quant_linear(x, *args[:3], None, *args[3:]))
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton-a8"])
+@pytest.mark.parametrize("n_tokens", [1, 3, 17, 257])
+@pytest.mark.parametrize(("name", "group_size"), [("int4", 128), ("ternary", None), ("int3", 64)])
+def test_layers_in_one_launch_equal_those_of_one_each(monkeypatch, name, group_size, n_tokens, backend):
+    monkeypatch.setenv("VLMQ_BACKEND", backend)
+    x = torch.randn(n_tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    layers = [arguments(name, (width, 1024), group_size) for width in (896, 128, 40)]
+    biases = [torch.randn(len(args[0]), device="cuda", dtype=torch.bfloat16) for _, args in layers]
+    parts = [
+        [t for t in part if t is not None] for part in zip(*(args[:3] for _, args in layers), strict=True)
+    ]
+    y = torch.ops.vlmq.quant_linears(x, *parts, biases, name, 1024, group_size or 0)
+    rows = y.split([n_tokens * len(bias) for bias in biases])
+    for (weight, _), bias, part in zip(layers, biases, rows, strict=True):
+        # Alone it may be split in other places, so that its sums are others too.
+        expected = x.double() @ weight.dequantize().double().T + bias.double()
+        limit = 5e-2 if backend == "triton-a8" else TOLERANCE[x.dtype]
+        assert relative_error(part.view(n_tokens, -1), expected) < limit
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_attention_and_mlp_are_captured_with_joint_launches(monkeypatch, is_compiled):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from vlmq import joint
+    from vlmq.linear import QuantLinear, link_siblings
+
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
+    )
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    for module in list(model.model.modules()):
+        for name, dense in list(module.named_children()):
+            if type(dense) is torch.nn.Linear:
+                weight = random_weight("int4", dense.out_features, dense.in_features, 64, device="cuda")
+                setattr(module, name, QuantLinear.from_quantized(weight, dtype=torch.bfloat16))
+    ids = torch.randint(0, 128, (1, 1), device="cuda")
+    with torch.inference_mode():
+        alone = model(ids, use_cache=False).logits
+        link_siblings(model)
+        seen, run = [], joint.quant_linears
+        if not is_compiled:
+            monkeypatch.setattr(joint, "quant_linears", lambda *args: seen.append(len(args[1])) or run(*args))
+        step = torch.compile(model, fullgraph=True) if is_compiled else model
+        step(ids, use_cache=False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(ids, use_cache=False).logits
+        graph.replay()
+        assert relative_error(logits, alone.double()) < 2e-2
+    assert seen == ([] if is_compiled else [3, 2] * 4)
+
+
 def test_compiles_into_one_graph():
     _, args = arguments("int4", (512, 1024), 128)
     compiled = torch.compile(

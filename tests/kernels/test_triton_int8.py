@@ -31,6 +31,13 @@ def test_token_of_zeros_gives_the_bias(interpreter):  # noqa: F811
     assert interpreter("int8_of_zeros", "ternary")
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("name", "group_size"), [("int2", 128), ("ternary", None)])
+def test_layers_in_one_launch_are_those_of_one_each(interpreter, name, group_size, has_bias):  # noqa: F811
+    options = {"has_bias": has_bias, "rounds": True}
+    assert interpreter("joint_differences", name, group_size, 2, (17, 8, 3), 1024, **options) == 0
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_token_that_is_not_finite_does_not_come_out_as_numbers(interpreter, value):  # noqa: F811
     y = interpreter("int8_of_unusual", value)
@@ -74,7 +81,8 @@ def test_what_it_does_not_take_is_refused(name, in_features, group_size, words):
         ("binary", 128, 90, 0.9),
     ],
 )
-def test_machine_code_keeps_to_its_budget(name, group_size, arch, budget):
+@pytest.mark.parametrize("layers", [1, 3])
+def test_machine_code_keeps_to_its_budget(name, group_size, arch, budget, layers):
     pytest.importorskip("triton")
     from triton_static import compile_kernel, kernel_format, skip_without_tools
 
@@ -83,10 +91,10 @@ def test_machine_code_keeps_to_its_budget(name, group_size, arch, budget):
 
     skip_without_tools()
     pointers = {"p_words": "*i32", "p_x_scales": "*fp32", "p_weight": "*i32", "p_scales": "*fp16"}
-    pointers |= {"p_zeros": "*u8" if get_format(name).has_zero else None, "p_y": "*fp32"}
+    pointers |= {"p_zeros": "*u8" if get_format(name).has_zero else None, "p_bias": None, "p_y": "*fp32"}
     constants = {"FORMAT": kernel_format(name), "GROUP": group_size, "BLOCK_WORDS": 128, "ASM": True}
     constants["BLOCK_N"] = triton_int8.BLOCK_N
-    code = compile_kernel(triton_int8.int8_matmul_kernel, arch, pointers, constants, warps=1)
+    code = compile_kernel(triton_int8.int8_matmul_kernel, arch, pointers, constants, layers=layers, warps=1)
     assert code.stack_bytes == 0
     assert code.loop["IDP"] > 0
     # Triton 3.6 brings the scales of a group into their places through shared memory; the block is one warp.

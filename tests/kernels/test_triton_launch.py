@@ -91,7 +91,7 @@ def test_parts_with_gaps_are_copied(launches):
     assert not spread.is_contiguous()
     x = torch.zeros(1, 256, dtype=torch.half)
     triton_linear.quant_linear(x, *(own | {"scales": spread}).values(), "int4", 256, 64)
-    given = launches.arguments[0][2]
+    (given,) = launches.arguments[0][2]
     assert given.is_contiguous()
     assert torch.equal(given, own["scales"])
 
@@ -123,8 +123,30 @@ def test_grids_fit_the_gpu(launches, out_features, in_features):
 def test_entry_of_8_bit_activations_takes_them_for_few_tokens(
     monkeypatch, name, group_size, n_tokens, expected
 ):
-    monkeypatch.setattr(triton_int8, "quant_linear", lambda *_: "int8")
-    monkeypatch.setattr(triton_linear, "quant_linear", lambda *_: "plain")
+    monkeypatch.setattr(triton_int8, "quant_linears", lambda *_: "int8")
+    monkeypatch.setattr(triton_linear, "quant_linears", lambda *_: "plain")
     x = torch.zeros(1, n_tokens, 256)
-    run = triton_backend.quant_linear_a8
-    assert run(x, x, x, None, None, name, 256, group_size) == expected
+    assert triton_backend.quant_linears_a8(x, [], name, 256, group_size) == expected
+
+
+@pytest.mark.parametrize("module", [triton_linear, triton_int8])
+def test_layers_of_one_input_are_one_launch(launches, module):
+    layers = [tuple(parts("ternary", None).values()) for _ in range(3)]
+    x = torch.zeros(2, 256, dtype=torch.half)
+    y = module.quant_linears(x, layers, "ternary", 256, 0)
+    assert y.shape == (3 * 2 * 9,)
+    # One product; with 8-bit activations it comes after their rounding and before the sum.
+    assert len(launches.grids) == {triton_linear: 1, triton_int8: 3}[module]
+    given = [argument for args in launches.arguments for argument in args if isinstance(argument, tuple)]
+    assert given[-1] == (9, 9, 9)
+    assert {len(argument) for argument in given} == {3}
+
+
+@pytest.mark.parametrize("other", [torch.float32, None])
+def test_biases_that_one_kernel_cannot_read_are_refused(launches, other):
+    first, second = parts(), parts()
+    second["bias"] = None if other is None else second["bias"].to(other)
+    layers = [tuple(first.values()), tuple(second.values())]
+    with pytest.raises(ValueError, match=r"must be of one dtype, or none, got \[torch.float16, "):
+        triton_linear.quant_linears(torch.zeros(1, 256, dtype=torch.half), layers, "int4", 256, 64)
+    assert launches.grids == []

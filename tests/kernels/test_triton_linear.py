@@ -74,6 +74,19 @@ def test_iterations_of_several_blocks(interpreter, name, blocks):  # noqa: F811
     assert error < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("fused", [SMALL, SPLIT])
+@pytest.mark.parametrize(("name", "group_size"), [("int4", 32), ("ternary", None), ("binary2", 128)])
+def test_layers_in_one_launch_are_those_of_one_each(interpreter, name, group_size, fused, has_bias):  # noqa: F811
+    options = {"fused": fused, "has_bias": has_bias}
+    assert interpreter("joint_differences", name, group_size, 3, (37, 5, 16), 2 * 128 + 40, **options) == 0
+
+
+@pytest.mark.parametrize(("n_tokens", "widths"), [(1, (16, 1)), (17, (3, 20, 33, 2)), (257, (5, 9))])
+def test_any_number_of_layers_and_tokens_in_one_launch(interpreter, n_tokens, widths):  # noqa: F811
+    assert interpreter("joint_differences", "int3", 64, n_tokens, widths, 256) == 0
+
+
 def test_more_splits_than_blocks(interpreter):  # noqa: F811
     fused = (16, 16, 1, 8, 4, 2)
     assert interpreter("linear_error", "int4", 128, torch.float16, 2, (17, 300), fused=fused) < 6e-4

@@ -23,6 +23,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes that one thread block can have, by compute capability."""
+OF_LAYER = ("p_weight", "p_scales", "p_zeros", "p_bias", "N")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
@@ -73,6 +74,7 @@ def compile_kernel(
     pointers: dict[str, str | None],
     constants: dict,
     *,
+    layers: int = 0,
     warps: int = 4,
     stages: int = 1,
     unaligned: tuple[str, ...] = (),
@@ -80,17 +82,20 @@ def compile_kernel(
     """Compile for sm_<arch>: `pointers` have types (None: no such tensor), other arguments are int32.
 
     Pointers and sizes are multiples of 16, as those of large layers are, but for those that are named `unaligned`.
+    `layers` in one launch have an entry of their own for each argument of `OF_LAYER`.
     """
     constants = constants | {name: None for name, kind in pointers.items() if kind is None}
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names
-    }
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("M", "n_splits", *unaligned)
-    }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    signature, given, divisible = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in constants else pointers.get(name, "i32")
+        is_tuple = layers > 0 and name in OF_LAYER and constants.get(name, 0) is not None
+        signature[name] = (kind,) * layers if is_tuple else kind
+        paths = [(i, layer) for layer in range(layers)] if is_tuple else [(i,)]
+        if name in constants:
+            given |= dict.fromkeys(paths, constants[name])
+        elif name not in ("M", "n_splits", *unaligned):
+            divisible |= {path: [["tt.divisibility", 16]] for path in paths}
+    source = ASTSource(kernel, signature, constexprs=given, attrs=divisible)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return MachineCode(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)

@@ -78,6 +78,42 @@ def linear_error(
     return _relative_error(y, expected if bias is None else expected + bias.double())
 
 
+def joint_differences(
+    name: str,
+    group_size: int | None,
+    n_tokens: int,
+    widths: tuple[int, ...],
+    in_features: int,
+    *,
+    fused: tuple[int, ...] | None = None,
+    has_bias: bool = True,
+    rounds: bool = False,
+) -> int:
+    """How many numbers of layers in one launch are not those of each layer alone, with the same tiles.
+
+    `fused` as in `linear_error`; `rounds`: the kernels of 8-bit activations.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(n_tokens, in_features).half()
+    layers = []
+    for width in widths:
+        weight = _arguments(_weight(name, (width, in_features), group_size, "random"))
+        layers.append((*weight[:3], torch.randn(width).half() if has_bias else None))
+    sizes = (name, in_features, group_size or 0)
+
+    def run(layers: list) -> Tensor:
+        if rounds:
+            return triton_int8.quant_linears(x, layers, *sizes)
+        if fused is None:
+            return triton_linear.quant_linears(x, layers, *sizes)
+        return triton_linear.fused_linears(x, layers, *sizes, config=MatmulConfig(*fused))
+
+    together, alone = run(layers), torch.cat([run([layer]) for layer in layers])
+    assert (together.shape, together.dtype) == (alone.shape, torch.half)
+    assert alone.isfinite().all()
+    return int((together != alone).sum())
+
+
 def gradient_error(name: str, group_size: int | None, dtype: torch.dtype, shape: tuple[int, int]) -> float:
     """Relative error of the input's gradient, with a workspace of two rows."""
     torch.manual_seed(0)
