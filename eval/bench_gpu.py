@@ -5,19 +5,20 @@
 
 Ceilings: device copy, bf16 matmul, the smallest kernel in a CUDA graph. Then each layer at 1 and 16 tokens (decode) and
 at 2048 and 4096 (prefill), each as torch bf16, torch's own int4 operator and vlmq's formats, with 16-bit and 8-bit
-activations. Each figure is the median of replays of a CUDA graph that reads weights in turn, COLD_BYTES of them, so
-that none is found in the L2 cache; the spread is (fastest, slowest). `share` is bytes over seconds over the copy
-ceiling in decode, operations over seconds over the matmul ceiling in prefill. Before it is timed, each vlmq kernel is
-compared with the reference. Then bitsandbytes, GPTQModel and GemLite, where they are installed, for PEER_SECONDS at
-most (`vlmq.eval.bench_gpu_peers`), and whole models (`vlmq.eval.bench_gpu_models`), each in a process of its own: what
-those leave of LIMIT_SECONDS, at least LIMIT_SECONDS - KERNEL_SECONDS - PEER_SECONDS.
+activations; and queries, keys and values of Qwen2.5-VL-7B in one launch and in three. Each figure is the median of
+replays of a CUDA graph that reads weights in turn, COLD_BYTES of them, so that none is found in the L2 cache; the
+spread is (fastest, slowest). `share` is bytes over seconds over the copy ceiling in decode, operations over seconds
+over the matmul ceiling in prefill. Before it is timed, each vlmq kernel is compared with the reference. Then
+bitsandbytes, GPTQModel and GemLite, where they are installed, for PEER_SECONDS at most (`vlmq.eval.bench_gpu_peers`),
+and whole models (`vlmq.eval.bench_gpu_models`), each in a process of its own: what those leave of LIMIT_SECONDS, at
+least LIMIT_SECONDS - KERNEL_SECONDS - PEER_SECONDS.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -26,52 +27,14 @@ from typing import Any
 import torch
 
 from vlmq.eval import bench_gpu_peers
+from vlmq.eval.bench_gpu_layers import DECODE_TOKENS, Case, calls_of, plan
 from vlmq.eval.bench_gpu_models import MODES, ModelJob, plan_models, run_models
 from vlmq.eval.bench_gpu_peers import run_peers
 from vlmq.eval.smollm2 import commit
-from vlmq.formats import get_format
-from vlmq.kernels.packing import row_bytes
 
-LAYERS = ((4096, 4096), (4096, 14336), (8192, 28672))
-"""(in_features, out_features)."""
-
-DECODE_TOKENS = (1, 16)
-PREFILL_TOKENS = (2048, 4096)
-FORMATS = (("int4", 128), ("int2", 128), ("ternary", 0), ("binary", 0))
-INT8_FORMATS = (("int2", 128), ("ternary", 0), ("binary", 0))
 KERNEL_SECONDS = 150.0
 PEER_SECONDS = 90.0
 LIMIT_SECONDS = 450.0
-LARGEST_ERROR = {"vlmq": 1e-2, "vlmq-a8": 5e-2}
-"""Relative to the reference with 16-bit activations; 8-bit ones are rounded to a 127th of the largest."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement: `kernel` is torch-bf16, torch-int4, vlmq or vlmq-a8."""
-
-    kernel: str
-    format_name: str
-    group_size: int
-    in_features: int
-    out_features: int
-    n_tokens: int
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the weight with scales and zero points, of x and of y."""
-        n, k = self.out_features, self.in_features
-        io = 2 * self.n_tokens * (n + k)
-        if self.kernel == "torch-bf16":
-            return 2 * n * k + io
-        fmt = get_format(self.format_name)
-        n_groups = n * (-(-k // self.group_size) if self.group_size else 1)
-        return n * row_bytes(k, fmt.bits) + n_groups * (2 * fmt.n_terms + fmt.has_zero) + io
-
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.n_tokens * self.in_features * self.out_features
 
 
 def check_gpu() -> None:
@@ -89,21 +52,6 @@ def check_gpu() -> None:
         raise ValueError("this measures Triton kernels, and triton is not installed; pip install triton")
 
 
-def plan() -> list[Case]:
-    """Return all measurements in this process: the most wanted first, should the time not do."""
-    cases = []
-    for in_features, out_features in reversed(LAYERS):
-        for n_tokens in (*DECODE_TOKENS, *PREFILL_TOKENS):
-            size = (in_features, out_features, n_tokens)
-            cases.append(Case("torch-bf16", "", 0, *size))
-            cases += [Case("vlmq", name, group, *size) for name, group in FORMATS]
-            if n_tokens in DECODE_TOKENS:
-                cases.append(Case("torch-int4", "int4", 128, *size))
-            if n_tokens == 1:
-                cases += [Case("vlmq-a8", name, group, *size) for name, group in INT8_FORMATS]
-    return cases
-
-
 def ceilings() -> dict[str, float]:
     """Bytes copied (read and written) per second, bf16 matmul operations per second, seconds of the smallest kernel."""
     from vlmq.kernels.triton_tune import graph_seconds
@@ -117,54 +65,6 @@ def ceilings() -> dict[str, float]:
         "matmul_operations_per_second": 2 * 8192**3 / graph_seconds([lambda: torch.mm(a, b)]),
         "smallest_kernel_seconds": graph_seconds([lambda: cell.add_(1)] * 100),
     }
-
-
-def calls_of(case: Case) -> list[Callable[[], torch.Tensor]]:
-    """Return one call per copy of the weight, checked against the reference where the kernel is vlmq's."""
-    x = torch.randn(case.n_tokens, case.in_features, device="cuda", dtype=torch.bfloat16)
-    if case.kernel == "torch-bf16":
-        return _dense_calls(case, x)
-    if case.kernel == "torch-int4":
-        return _torch_int4_calls(case, x)
-    return _vlmq_calls(case, x)
-
-
-def _n_copies(n_bytes: int) -> int:
-    from vlmq.kernels.triton_tune import COLD_BYTES
-
-    return max(3, COLD_BYTES // n_bytes)
-
-
-def _dense_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-    shape = (case.out_features, case.in_features)
-    n_copies = _n_copies(2 * shape[0] * shape[1])
-    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(n_copies)]
-    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
-
-
-def _torch_int4_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-    n, k, group = case.out_features, case.in_features, case.group_size
-    codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-    n_copies = _n_copies(n * k // 2)
-    packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(n_copies)]
-    scales = torch.rand(k // group, n, 2, device="cuda", dtype=torch.bfloat16)
-    return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, group, scales) for w in packed]
-
-
-def _vlmq_calls(case: Case, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-    from vlmq.kernels import reference, triton_int8, triton_linear
-    from vlmq.kernels.triton_tune import Shape, cold_weights
-
-    shape = Shape(case.format_name, case.group_size, case.out_features, case.in_features, case.n_tokens)
-    sizes = (case.format_name, case.in_features, case.group_size)
-    run = triton_int8.quant_linear if case.kernel == "vlmq-a8" else triton_linear.quant_linear
-    weights = cold_weights(shape)
-    # Of many tokens those before the last sixteen would need a large product of the reference.
-    expected = reference.quant_linear(x[-16:], *weights[0], None, *sizes).double()
-    error = float((run(x, *weights[0], None, *sizes)[-16:].double() - expected).norm() / expected.norm())
-    if not error < LARGEST_ERROR[case.kernel]:
-        raise RuntimeError(f"{case} differs from the reference by {error:.2e}")
-    return [lambda w=w: run(x, *w, None, *sizes) for w in weights]
 
 
 def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:

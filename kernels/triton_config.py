@@ -51,6 +51,24 @@ _EXCEPTIONS = {
 """Outputs of a tile where ptxas spills a register or two of those of the rule, compiled with Triton 3.9; the keys are
 (GPU, bits, terms, whether there are zero points, group size, tokens of a tile, whether the last block is shorter)."""
 
+_JOINT_EXCEPTIONS = {
+    ("sm_80", 1, 1, True, 64, 64, False): 32,
+    ("sm_80", 2, 1, False, 0, 16, False): 64,
+    ("sm_80", 2, 2, False, 16, 32, False): 32,
+    ("sm_80", 2, 2, False, 32, 8, False): 32,
+    ("sm_80", 3, 1, True, 0, 64, False): 64,
+    ("sm_80", 4, 1, True, 0, 8, False): 64,
+    ("sm_90", 1, 1, True, 0, 16, False): 64,
+    ("sm_90", 2, 1, False, 0, 8, False): 64,
+    ("sm_90", 8, 1, True, 0, 8, False): 64,
+    ("sm_90", 8, 1, True, 0, 16, False): 64,
+    ("sm_90", 8, 1, True, 16, 8, False): 64,
+    ("sm_100", 2, 1, False, 0, 16, False): 64,
+    ("sm_100", 2, 2, False, 0, 8, False): 64,
+    ("sm_120", 4, 1, True, 32, 16, False): 64,
+}
+"""As `_EXCEPTIONS`, for several layers in one launch, with biases or without: a program knows a little more then."""
+
 TENSOR_MEMORY = ("sm_100", "sm_101", "sm_103", "sm_110")
 
 
@@ -123,21 +141,23 @@ def default_matmul(
     fmt: Format,
     group_size: int,
     n_processors: int,
+    n_layers: int = 1,
 ) -> MatmulConfig:
     """Tiles for a shape that the table does not hold.
 
     Args:
         arch: sm_<compute capability>.
-        n_tokens, out_features, in_features: sizes of the product.
+        n_tokens, out_features, in_features: sizes of the product; outputs of all layers that are launched together.
         fmt: format of the weight.
         group_size: weights per group, 0 for one group per channel.
         n_processors: streaming multiprocessors of the GPU.
+        n_layers: layers that are launched together.
 
     Returns:
         A configuration with up to eight warps for each processor, if each program then still has four iterations.
     """
     block_m = next((m for m in (8, 16, 32) if n_tokens <= m), 64)
-    block_n = _outputs_of_tile(arch, block_m, in_features, fmt, group_size)
+    block_n = _outputs_of_tile(arch, block_m, in_features, fmt, group_size, n_layers > 1)
     # For few tokens four warps would take the products of warp groups (sm_90) or of tensor memory (sm_100), which wait
     # or copy at each plane of codes: 1.3 to 2 times the instructions. For many, four have too few registers for 128
     # outputs but on sm_90; of 64 outputs eight would unpack each weight twice, as four would of 32.
@@ -165,13 +185,17 @@ def traps(arch: str, group_size: int) -> bool:
     return arch in TENSOR_MEMORY and 0 < group_size < 128
 
 
-def _outputs_of_tile(arch: str, block_m: int, in_features: int, fmt: Format, group_size: int) -> int:
+def _outputs_of_tile(
+    arch: str, block_m: int, in_features: int, fmt: Format, group_size: int, is_joint: bool
+) -> int:
     """As many outputs as spill no registers: found by compiling, not by timing.
 
     64 outputs take about a tenth more instructions for each weight than 128, and 32 a quarter more than 64.
     """
     has_tail = in_features % 128 != 0
     kernel = (arch, fmt.bits, fmt.n_terms, fmt.has_zero, group_size, block_m, has_tail)
+    if is_joint and kernel in _JOINT_EXCEPTIONS:
+        return _JOINT_EXCEPTIONS[kernel]
     if kernel in _EXCEPTIONS:
         return _EXCEPTIONS[kernel]
     if traps(arch, group_size) and (block_m == 64 or (block_m == 32 and fmt.n_terms > 1)):

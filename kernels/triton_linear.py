@@ -155,7 +155,9 @@ def fused_linears(
     y = torch.empty(n_tokens * out_features, dtype=x.dtype, device=x.device)
     if n_tokens == 0:
         return y
-    config = config or choose_config(x.device, n_tokens, out_features, in_features, format_name, group_size)
+    if config is None:
+        sizes = (n_tokens, out_features, in_features)
+        config = choose_config(x.device, *sizes, format_name, group_size, len(layers))
     target = y
     if config.splits > 1:
         target = torch.empty(config.splits, y.numel(), dtype=torch.float32, device=x.device)
@@ -287,13 +289,14 @@ def choose_config(
     in_features: int,
     format_name: str,
     group_size: int,
+    n_layers: int = 1,
 ) -> MatmulConfig:
     """Return the tuned tiles for a product on this device, or those of the rule; looked up once for each shape."""
     fmt = get_format(format_name)
     arch = architecture(device)
     key = matmul_key(arch, n_tokens, out_features, in_features, fmt.bits, fmt.n_terms, group_size)
     return tuned_table().get(key) or default_matmul(
-        arch, n_tokens, out_features, in_features, fmt, group_size, n_processors(device)
+        arch, n_tokens, out_features, in_features, fmt, group_size, n_processors(device), n_layers
     )
 
 

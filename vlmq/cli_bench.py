@@ -9,8 +9,9 @@ import typer
 from vlmq import terminal
 from vlmq.eval import bench_llama_cpp
 from vlmq.eval.bench_cpu import MAX_LOAD, bench_cpu, roofline_points
-from vlmq.eval.bench_gpu import FORMATS, LAYERS, bench_gpu, check_gpu
+from vlmq.eval.bench_gpu import bench_gpu, check_gpu
 from vlmq.eval.bench_gpu import dry_run as list_measurements
+from vlmq.eval.bench_gpu_layers import FORMATS, JOINT_INPUTS, JOINT_WIDTHS, LAYERS
 from vlmq.eval.bench_gpu_table import gpu_roofline_points, models_table, results_table
 from vlmq.eval.bench_models import PRESET, Job, bench_models
 from vlmq.eval.presets import PRESETS
@@ -161,7 +162,7 @@ def _tune(device: str | None) -> None:
 
     shapes = [
         Shape(name, group_size, out_features, in_features, n_tokens)
-        for in_features, out_features in LAYERS
+        for in_features, out_features in (*LAYERS, (JOINT_INPUTS, sum(JOINT_WIDTHS)))
         for name, group_size in FORMATS
         for n_tokens in (1, 16)
     ]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from random_weights import random_weight
 
-from vlmq.eval import bench_gpu
-from vlmq.eval.bench_gpu import Case, plan, with_ratios
+from vlmq.eval import bench_gpu, bench_gpu_layers
+from vlmq.eval.bench_gpu import with_ratios
+from vlmq.eval.bench_gpu_layers import Case, plan
 from vlmq.eval.bench_gpu_table import models_table, results_table
 from vlmq.kernels.packing import pack
 
@@ -15,7 +16,7 @@ from vlmq.kernels.packing import pack
 def test_plan_holds_each_size_for_each_kernel():
     cases = plan()
     assert len(set(cases)) == len(cases)
-    for layer in bench_gpu.LAYERS:
+    for layer in bench_gpu_layers.LAYERS:
         for n_tokens in (1, 16, 2048):
             here = [c for c in cases if ((c.in_features, c.out_features), c.n_tokens) == (layer, n_tokens)]
             assert {"torch-bf16", "vlmq"} <= {c.kernel for c in here}
@@ -40,14 +41,44 @@ def test_a_wrong_product_of_any_number_of_tokens_is_not_timed(monkeypatch, n_tok
     monkeypatch.setattr(triton_tune, "cold_weights", lambda _: [packed] * 3)
     case, x = Case("vlmq", "ternary", 0, 256, 9, n_tokens), torch.randn(n_tokens, 256)
     monkeypatch.setattr(triton_linear, "quant_linear", reference.quant_linear)
-    assert len(bench_gpu._vlmq_calls(case, x)) == 3
+    assert len(bench_gpu_layers._vlmq_calls(case, x)) == 3
 
     def wrong_if_all(rows, *rest):
         return reference.quant_linear(rows, *rest) * (2 if len(rows) == n_tokens else 1)
 
     monkeypatch.setattr(triton_linear, "quant_linear", wrong_if_all)
     with pytest.raises(RuntimeError, match="differs from the reference"):
-        bench_gpu._vlmq_calls(case, x)
+        bench_gpu_layers._vlmq_calls(case, x)
+
+
+def test_layers_of_one_input_are_timed_together_and_apart(monkeypatch):
+    triton_tune = pytest.importorskip("vlmq.kernels.triton_tune", reason="triton is not installed")
+    from vlmq.kernels import reference, triton_linear
+
+    monkeypatch.setattr(bench_gpu_layers, "JOINT_WIDTHS", (9, 5))
+    launches = []
+
+    def pack_random(shape):
+        weight = random_weight("ternary", shape.out_features, 256, None)
+        return [(pack(weight.codes, 2), weight.scales, weight.zeros)] * 3
+
+    def quant_linears(x, layers, *sizes):
+        launches.append(len(layers))
+        return torch.cat([reference.quant_linear(x, *layer, *sizes).flatten() for layer in layers])
+
+    monkeypatch.setattr(triton_tune, "cold_weights", pack_random)
+    monkeypatch.setattr(triton_linear, "quant_linears", quant_linears)
+    x = torch.randn(1, 256)
+    for kernel, expected in (("vlmq-joint", [2]), ("vlmq-apart", [1, 1])):
+        calls = bench_gpu_layers._joint_calls(Case(kernel, "ternary", 0, 256, 14, 1), x)
+        assert launches == [2]  # the check
+        launches.clear()
+        calls[1]()
+        assert launches == expected
+        launches.clear()
+    monkeypatch.setattr(triton_linear, "quant_linears", lambda *args: 2 * quant_linears(*args))
+    with pytest.raises(RuntimeError, match="differs from the reference"):
+        bench_gpu_layers._joint_calls(Case("vlmq-joint", "ternary", 0, 256, 14, 1), x)
 
 
 def test_ratio_is_to_bf16_of_the_same_size():

@@ -46,7 +46,7 @@ def compile_matmul(
     """Machine code, and weights that a thread takes in one iteration of its main loop."""
     fmt = get_format(name)
     in_features = in_features or 4096 + 16 * tail
-    tiles = default_matmul(f"sm_{arch}", n_tokens, 4096, in_features, fmt, group_size, 132)
+    tiles = default_matmul(f"sm_{arch}", n_tokens, 4096, in_features, fmt, group_size, 132, layers)
     code = compile_kernel(
         matmul_kernel,
         arch,
@@ -167,14 +167,35 @@ def test_products_of_small_groups_are_not_a_trap_on_sm_100(name, group_size, n_t
     assert "mma.sync" in code.ptx
 
 
+@pytest.mark.parametrize(
+    ("arch", "name", "group_size", "n_tokens"),
+    [
+        (80, "int4", 0, 8),
+        (90, "int4", 128, 1),
+        (90, "ternary", 0, 8),
+        (100, "ternary", 0, 16),
+        (120, "int4", 32, 16),
+    ],
+)
+def test_layers_in_one_launch_keep_to_the_budget_of_one(arch, name, group_size, n_tokens):
+    one, n_weights_of_one = compile_matmul(name, group_size, arch, n_tokens=n_tokens, bias="*bf16")
+    several, n_weights = compile_matmul(name, group_size, arch, n_tokens=n_tokens, bias="*bf16", layers=3)
+    check(several, arch)
+    assert several.loop["STS"] == one.loop["STS"]
+    # What is chosen is chosen before the loop; tiles of half the outputs take a tenth more in it.
+    assert several.loop.total() / n_weights <= 1.15 * one.loop.total() / n_weights_of_one
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("layers", "bias"), [(1, None), (3, None), (3, "*bf16")])
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2", "ternary", "binary", "ternary2", "binary2"])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 0])
 @pytest.mark.parametrize("n_tokens", [8, 16, 32, 64])
 @pytest.mark.parametrize("tail", [False, True])
-def test_every_default_does_not_spill(arch, name, group_size, n_tokens, tail):
-    code, _ = compile_matmul(name, group_size, arch, n_tokens=n_tokens, tail=tail)
+def test_every_default_does_not_spill(arch, name, group_size, n_tokens, tail, layers, bias):
+    options = {"n_tokens": n_tokens, "tail": tail, "layers": layers, "bias": bias}
+    code, _ = compile_matmul(name, group_size, arch, **options)
     check(code, arch)
     assert any(product in code.ptx for product in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
 
