@@ -48,11 +48,15 @@
 #undef HALVES_OF
 #undef UNPACK_VECTOR
 #undef DEFINE_SWEEP
+#undef DEFINE_FASTER
 #undef ADD_PRODUCTS
 #undef PAIR_OF
 #undef BIT_STEP
 #undef GFNI
-#undef AFFINE
+#undef HAS_MATRICES
+#undef LOAD_COPIES
+#undef BITS_BY_MATRIX
+#undef FASTEST
 #undef HAS_ODD_UP
 #undef ODD_DOWN
 #undef IN_ONE_BLOCK

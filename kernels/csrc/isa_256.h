@@ -10,18 +10,13 @@
     _mm256_shuffle_epi8(                                                                                       \
         v, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)))
 #ifdef GFNI
-/* The bits of a byte that `mask` shows after a shift down, as a product with a matrix of bits, whose first row is its
- * highest byte. */
-#define AFFINE(shift, mask)                                                                                  \
-    ((int64_t)(((1ull & (mask)) << 56 | (2ull & (mask)) << 48 | (4ull & (mask)) << 40 | (8ull & (mask)) << 32) \
-               << (shift)))
 #define AND_SHIFT(v, shift, mask)                                                            \
-    ((shift) ? _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(AFFINE(shift, mask)), 0) \
+    ((shift) ? _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(MATRIX(shift, mask)), 0) \
              : _mm256_and_si256(v, _mm256_set1_epi8(mask)))
 #define LOAD_BITS(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p)))
 #define BIT_STEP(v, shift, mask)                                                                                     \
-    _mm256_gf2p8affine_epi64_epi8(v, _mm256_setr_epi64x(AFFINE(shift, mask), AFFINE(shift, mask),                    \
-                                                        AFFINE((shift) + 4, mask), AFFINE((shift) + 4, mask)), 0)
+    _mm256_gf2p8affine_epi64_epi8(v, _mm256_setr_epi64x(MATRIX(shift, mask), MATRIX(shift, mask),                    \
+                                                        MATRIX((shift) + 4, mask), MATRIX((shift) + 4, mask)), 0)
 #else
 #define LOAD_BITS(p)                                                                   \
     _mm256_srlv_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p))), \

@@ -18,6 +18,12 @@
     _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)))
 #define AND_SHIFT(v, shift, mask) \
     _mm512_and_si512((shift) ? _mm512_srli_epi32(v, shift) : (v), _mm512_set1_epi8(mask))
+/* GFNI, which the first CPUs with AVX512-VNNI lack; in assembler, so that a compiler uses it nowhere else. */
+#define HAS_MATRICES __builtin_cpu_supports("gfni")
+#define LOAD_COPIES(p) _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)(p)))
+#define BITS_BY_MATRIX(v, bits, shift, mask)                                                                          \
+    ((bits) > 1 && !(shift) ? _mm512_and_si512(v, _mm512_set1_epi8(mask))                                            \
+                            : times_matrices(v, MATRIX(shift, mask), MATRIX((shift) + ((bits) == 1 ? 4 : 0), mask)))
 /* A compiler would rather read memory again for each step. */
 #define LOADED_ONCE(v) __asm__("" : "+v"(v))
 #define TABLE(p) _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p)))
@@ -69,6 +75,15 @@ VLMQ_TARGET static inline __m128 four_totals_of_16(__m512 a, __m512 b, __m512 c,
     __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+
+/* Each byte times a matrix, another one in the upper half. */
+VLMQ_TARGET static inline __attribute__((always_inline)) __m512i times_matrices(__m512i bytes, int64_t lower,
+                                                                                int64_t upper) {
+    const __m512i matrices = _mm512_set_epi64(upper, upper, upper, upper, lower, lower, lower, lower);
+    __m512i products;
+    __asm__("vgf2p8affineqb $0, %2, %1, %0" : "=v"(products) : "v"(bytes), "v"(matrices));
+    return products;
 }
 
 /* 0 and 2 of 2 bits, 16 lanes each; 0 to 3 of 1 bit, 8 lanes each. */

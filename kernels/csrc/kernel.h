@@ -100,8 +100,9 @@ VLMQ_TARGET static __attribute__((noinline)) void FN(read_row)(
 #define BIT_STEPS 4
 #endif
 
-/* BITS, STEPS and UNITS of a sweep that follows: the third bit, or the high nibble. */
-#define PAIR_OF(BITS) ((BITS) == 2 ? 1 : 8), ((BITS) == 2 ? BIT_STEPS : 1), (UNITS ? PAIR : 0)
+/* BITS, STEPS, UNITS and VARIANT of a sweep that follows: the third bit, or the high nibble. */
+#define PAIR_OF(BITS) \
+    ((BITS) == 2 ? 1 : 8), ((BITS) == 2 ? BIT_STEPS : 1), (UNITS ? PAIR : 0), ((BITS) == 8 ? 1 : VARIANT)
 
 /* N_ROWS rows from `row` on, whose codes begin at `codes`, and the N_TOKENS tokens at `image`: y[r, t] is the total of
  * sums[r, t]. `pair` is the view of the sweep that follows, if PAIR. */
@@ -124,14 +125,14 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
         FN(add_vectors)(view, v, end, codes, codes_step, scales, image, total, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL,
                         N_ROWS, N_TOKENS);
         if (PAIR)
-            FN(add_vectors)(pair, w, pair_end, codes, codes_step, scales, image, more, PAIR_OF(BITS), BITS == 8,
+            FN(add_vectors)(pair, w, pair_end, codes, codes_step, scales, image, more, PAIR_OF(BITS),
                             IS_CHANNEL, N_ROWS, N_TOKENS);
         g += N_GROUPS, v = end, w = pair_end;
     } while (g < groups->n_groups);
     FN(add_tail)(view, codes, codes_step, scales, image, total, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, N_ROWS,
                  N_TOKENS);
     if (PAIR)
-        FN(add_tail)(pair, codes, codes_step, scales, image, more, PAIR_OF(BITS), BITS == 8, IS_CHANNEL,
+        FN(add_tail)(pair, codes, codes_step, scales, image, more, PAIR_OF(BITS), IS_CHANNEL,
                      N_ROWS, N_TOKENS);
     for (int r = 0; r < N_ROWS; r++) {
         const float scale = IS_CHANNEL ? float_of_float16(groups->halves[(row + r) * groups->n_terms]) : 1.0f;
@@ -259,11 +260,30 @@ DEFINE_SWEEP(sweep_8_0, 8, 1, 0, 0, 0, 1)
 DEFINE_SWEEP(sweep_8_1, 8, 1, 1, 0, 0, 1)
 #endif
 
+/* Where a third or a single bit is taken out by a product with a matrix, if the CPU has these. */
+#ifdef HAS_MATRICES
+#define DEFINE_FASTER(NAME, BITS, STEPS, UNITS, IS_CHANNEL, PAIR)                                                 \
+    VLMQ_TARGET static void FN(NAME##_by_matrix)(const vlmq_job *job, const vlmq_sweep *sweep, int64_t first,     \
+                                                 int64_t n_rows, float *totals) {                                 \
+        FN(sweep_fours)(job, sweep, first, n_rows, totals, BITS, STEPS, UNITS, BY_MATRIX, IS_CHANNEL, PAIR);      \
+    }                                                                                                             \
+    static const FN(sweeps) FN(NAME##_faster) = {FN(NAME##_by_matrix), FN(NAME##_ones)};
+
+DEFINE_FASTER(channel_1, 1, BIT_STEPS, 0, 1, 0)
+DEFINE_FASTER(channel_3, 2, 4, 0, 1, 1)
+DEFINE_FASTER(sweep_1_0, 1, BIT_STEPS, 0, 0, 0)
+DEFINE_FASTER(sweep_1_1, 1, BIT_STEPS, 1, 0, 0)
+DEFINE_FASTER(sweep_3_0, 2, 4, 0, 0, 1)
+#define FASTEST(NAME) (HAS_MATRICES ? &FN(NAME##_faster) : &FN(NAME))
+#else
+#define FASTEST(NAME) (&FN(NAME))
+#endif
+
 static const FN(sweeps) *FN(channel_sweeps_of)(const vlmq_plan *plan) {
     switch (plan->format.bits) {
-    case 1: return &FN(channel_1);
+    case 1: return FASTEST(channel_1);
     case 2: return plan->sweeps[0].variant ? &FN(channel_look_up_2) : &FN(channel_2);
-    case 3: return &FN(channel_3);
+    case 3: return FASTEST(channel_3);
     case 4: return plan->sweeps[0].variant ? &FN(channel_look_up_4) : &FN(channel_4);
     default: return &FN(channel_8);
     }
@@ -276,14 +296,14 @@ static const FN(sweeps) *FN(sweeps_of)(const vlmq_plan *plan) {
 #if WIDTH == 16
         if (n == 4) return &FN(sweep_1_4);
 #endif
-        return n == 0 ? &FN(sweep_1_0) : n == 1 ? &FN(sweep_1_1) : &FN(sweep_1_2);
+        return n == 0 ? FASTEST(sweep_1_0) : n == 1 ? FASTEST(sweep_1_1) : &FN(sweep_1_2);
     case 2:
         if (looks_up && n < 2) return n == 0 ? &FN(look_up_2_0) : &FN(look_up_2_1);
         if (looks_up) return n == 2 ? &FN(look_up_2_2) : &FN(look_up_2_4);
         if (n < 2) return n == 0 ? &FN(sweep_2_0) : &FN(sweep_2_1);
         return n == 2 ? &FN(sweep_2_2) : &FN(sweep_2_4);
     case 3:
-        if (n < 2) return n == 0 ? &FN(sweep_3_0) : &FN(sweep_3_1);
+        if (n < 2) return n == 0 ? FASTEST(sweep_3_0) : &FN(sweep_3_1);
         return n == 2 ? &FN(sweep_3_2) : &FN(sweep_3_4);
     case 4:
         if (looks_up) return n == 0 ? &FN(look_up_4_0) : n == 1 ? &FN(look_up_4_1) : &FN(look_up_4_2);

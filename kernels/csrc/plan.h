@@ -25,7 +25,7 @@
 
 #include "vlmq_cpu.h"
 
-enum { BLOCK = 128, MAX_SWEEPS = 2, MAX_UNITS = 4, MAX_LANES = 16, PAD_FLOATS = 16, WHOLE = 2 };
+enum { BLOCK = 128, MAX_SWEEPS = 2, MAX_UNITS = 4, MAX_LANES = 16, PAD_FLOATS = 16, WHOLE = 2, BY_MATRIX = 3 };
 
 /* Groups whose scales lie in memory while a kernel of few registers goes over them; copies of a scale of x. */
 enum { LONG_RUN = 64, COPIES = 8 };

@@ -8,6 +8,9 @@
  *     PART(v)                                 even bytes of each 16 first
  *     AND_SHIFT(v, shift, mask), LOOK_UP(table, v), TABLE(p)
  *     BIT_STEP(v, shift, mask)                the same of what LOAD_BITS gives, if it differs (optional)
+ *     LOAD_COPIES(p), BITS_BY_MATRIX(v, bits, shift, mask), HAS_MATRICES
+ *                                             the repeated load without shifts; a step as a product with a matrix of
+ *                                             bits; whether this CPU has such products (optional)
  *     LOADED_ONCE(v)                          keep v in a register (optional)
  *     LOAD_X(p), DOT(sums, codes, x), NO_SUMS, FLOATS_OF(sums)
  *     HALVES(p), BFLOATS(p), BYTES(p)         WIDTH / 4 numbers in float16, bfloat16 or in bytes, as floats
@@ -56,6 +59,18 @@ VLMQ_TARGET static inline __attribute__((always_inline)) FN(view) FN(view_of)(
 #define BIT_STEP(v, shift, mask) AND_SHIFT(v, shift, mask)
 #endif
 
+/* The bits of a byte that `mask` shows after a shift down, as a product with a matrix of bits (GFNI); its first row is
+ * the highest byte. */
+#ifndef MATRIX
+#define MATRIX(shift, mask)                                                                                  \
+    ((int64_t)(((1ull & (mask)) << 56 | (2ull & (mask)) << 48 | (4ull & (mask)) << 40 | (8ull & (mask)) << 32) \
+               << (shift)))
+#endif
+#ifndef BITS_BY_MATRIX
+#define LOAD_COPIES(p) LOAD_BITS(p)
+#define BITS_BY_MATRIX(v, bits, shift, mask) AND_SHIFT(v, shift, mask)
+#endif
+
 #ifdef ODD_DOWN
 #define HAS_ODD_UP (STEPS == 4 && !VARIANT)
 #else
@@ -67,7 +82,7 @@ VLMQ_TARGET static inline __attribute__((always_inline)) FN(view) FN(view_of)(
 #define UNPACK_VECTOR(plane, p)                                                                              \
     do {                                                                                                     \
         const int mask = BITS < 8 ? (1 << BITS) - 1 : VARIANT == WHOLE ? 255 : 15;                           \
-        bytes_t raw = BITS == 1 ? LOAD_BITS(p) : LOAD(p);                                                    \
+        bytes_t raw = BITS > 1 ? LOAD(p) : VARIANT == BY_MATRIX ? LOAD_COPIES(p) : LOAD_BITS(p);             \
         if (WIDTH == 16 || UNITS || BITS == 8)                                                               \
             raw = PART(raw);                                                                                 \
         else                                                                                                 \
@@ -75,8 +90,11 @@ VLMQ_TARGET static inline __attribute__((always_inline)) FN(view) FN(view_of)(
         for (int s = 0; s < STEPS; s++) {                                                                    \
             const int up = HAS_ODD_UP ? s % 2 * BITS : 0;                                                    \
             const int shift = BITS < 8 ? BITS * s - up : VARIANT == 1 ? 4 : 0;                               \
-            plane[s] = BITS == 1 ? BIT_STEP(raw, shift, mask << up) : AND_SHIFT(raw, shift, mask << up);     \
-            if (VARIANT && BITS != 8) plane[s] = LOOK_UP(view->table, plane[s]);                             \
+            if (VARIANT == BY_MATRIX)                                                                        \
+                plane[s] = BITS_BY_MATRIX(raw, BITS, shift, mask);                                           \
+            else                                                                                             \
+                plane[s] = BITS == 1 ? BIT_STEP(raw, shift, mask << up) : AND_SHIFT(raw, shift, mask << up); \
+            if (VARIANT == 1 && BITS != 8) plane[s] = LOOK_UP(view->table, plane[s]);                        \
         }                                                                                                    \
     } while (0)
 
