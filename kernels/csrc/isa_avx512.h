@@ -50,10 +50,10 @@
     _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << (n)) - 1u), p)))
 #define TIMES_PLUS(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define WIDE_DOT
-/* Where memory decides, vectors of a whole line come faster from one row after the other than from four side by side
- * (Zen 5: 1.1 to 1.2 times at 4 bits, 1.6 at 8). Where unpacking decides, rows that share x are faster. */
+/* Vectors of a whole line come faster from one row after the other than from four side by side (Zen 5: 1.1 to 1.2 times
+ * at 4 bits, 1.6 at 8). Two share reads of x and of the places of scales; four, where unpacking decides. */
 #define ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL) \
-    ((BITS) == 1 || (VARIANT) == 1 ? ROWS : (UNITS) > 1 ? 2 : (BITS) > 2 || (IS_CHANNEL) ? 1 : ROWS)
+    ((BITS) == 1 || (VARIANT) == 1 ? ROWS : (UNITS) < 2 && ((BITS) > 2 || (IS_CHANNEL)) ? 1 : 2)
 #define HALVES_OF(floats) halves_of_16(floats)
 /* Codes 32 i .. 32 i + 31 of a block, plane by plane; the shifts of 2 and of 4 planes side by side. */
 #define SPREAD(p, bits, i)                                                                                        \
