@@ -76,6 +76,21 @@ def test_readme_shows_what_was_measured():
     assert_shown(shown["original, bfloat16"][4:], small["original"][:2], "README original, small VLM")
 
 
+def test_readme_shows_speed_and_memory():
+    small, smollm2 = json.loads((RESULTS / "edge.json").read_text())["groups"]
+    table = rows("README.md", "| | SmolLM2: tokens/s |")
+    assert len(table) == 4
+    for row, s, v in zip(table, smollm2, small, strict=False):
+        speeds = [
+            [m[key] for key in ("tokens_per_second", "speedup", "peak_megabytes", "bits_per_weight")]
+            for m in (s, v)
+        ]
+        expected = [*speeds[0], s["perplexity"], *speeds[1], 100 * v["accuracy"]]
+        assert_shown(row[1:], expected, f"README speed {row[0]}")
+        name = row[0].strip("`") if "`" in row[0] else "bfloat16"
+        assert s["model"] == f"smollm2-{name}"
+
+
 def test_results_of_both_models():
     shown = {row[0].strip("`"): row[1:] for row in rows("docs/results.md", "| scheme | perplexity | range |")}
     for scheme in SMOLLM2:
