@@ -69,3 +69,4 @@
 #undef SPREAD
 #undef WITH_BIT
 #undef STORE
+#undef IN_ORDER

@@ -10,6 +10,9 @@
 /* Rows or tokens that a kernel takes together, rows between two roundings of results, and how far ahead is fetched. */
 enum { ROWS = 4, TOKENS = 4, PIECE = 64, PREFETCH_BYTES = 8192, PREFETCH_GROUPS = 256 };
 
+/* Bytes of a row from which on it may be worth reading one or two at a time; of shorter ones the ends weigh more. */
+enum { LONG_ROW = 512 };
+
 /* Fetch what is read once in a token, past the caches that others use between two tokens. */
 #define FETCH_ONCE(p) __builtin_prefetch(p, 0, 0)
 

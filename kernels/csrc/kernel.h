@@ -156,12 +156,11 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(tile)(
 /* ROWS rows and one token, again and again: adds to totals. */
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(sweep_fours)(
     const vlmq_job *job, const vlmq_sweep *sweep, int64_t first, int64_t n_rows, float *totals, const int BITS,
-    const int STEPS, const int UNITS, const int VARIANT, const int IS_CHANNEL, const int PAIR) {
-    const FN(view) view = FN(view_of)(job->plan, sweep, job->images, UNITS);
-    const FN(view) pair = FN(view_of)(job->plan, sweep + (PAIR > 0), job->images, PAIR);
+    const int STEPS, const int UNITS, const int VARIANT, const int IS_CHANNEL, const int PAIR, const int N_ABREAST) {
+    const FN(view) view = FN(view_of)(job->plan, sweep, job->images, UNITS, N_ABREAST);
+    const FN(view) pair = FN(view_of)(job->plan, sweep + (PAIR > 0), job->images, PAIR, N_ABREAST);
     const FN(groups) groups = FN(groups_of)(job, sweep, first, PAIR);
     const int64_t step = job->plan->row_bytes;
-    const int N_ABREAST = ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL);
     const uint8_t *codes = job->layer->qweight + first * step;
     for (int64_t row = 0; row < n_rows; row += ROWS, codes += ROWS * step) {
         floats_t sums[ROWS];
@@ -182,8 +181,8 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(sweep_fours)(
 VLMQ_TARGET static inline __attribute__((always_inline)) void FN(sweep_ones)(
     const vlmq_job *job, const vlmq_sweep *sweep, int64_t first, int64_t n_rows, uint8_t *copy, float *totals,
     const int BITS, const int STEPS, const int UNITS, const int VARIANT, const int IS_CHANNEL, const int PAIR) {
-    const FN(view) view = FN(view_of)(job->plan, sweep, job->images, UNITS);
-    const FN(view) pair = FN(view_of)(job->plan, sweep + (PAIR > 0), job->images, PAIR);
+    const FN(view) view = FN(view_of)(job->plan, sweep, job->images, UNITS, 1);
+    const FN(view) pair = FN(view_of)(job->plan, sweep + (PAIR > 0), job->images, PAIR, 1);
     const FN(groups) groups = FN(groups_of)(job, sweep, first, PAIR);
     const int64_t n_tokens = job->n_tokens;
     for (int64_t row = 0; row < n_rows; row++) {
@@ -207,9 +206,17 @@ typedef struct {
 } FN(sweeps);
 
 #define DEFINE_SWEEP(NAME, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR)                                         \
+    VLMQ_TARGET static __attribute__((noinline)) void FN(NAME##_short)(                                           \
+        const vlmq_job *job, const vlmq_sweep *sweep, int64_t first, int64_t n_rows, float *totals) {             \
+        FN(sweep_fours)(job, sweep, first, n_rows, totals, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR, ROWS);  \
+    }                                                                                                             \
     VLMQ_TARGET static void FN(NAME##_fours)(const vlmq_job *job, const vlmq_sweep *sweep, int64_t first,         \
                                              int64_t n_rows, float *totals) {                                     \
-        FN(sweep_fours)(job, sweep, first, n_rows, totals, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR);        \
+        if (ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL) < ROWS && job->plan->row_bytes < LONG_ROW)             \
+            FN(NAME##_short)(job, sweep, first, n_rows, totals);                                                  \
+        else                                                                                                      \
+            FN(sweep_fours)(job, sweep, first, n_rows, totals, BITS, STEPS, UNITS, VARIANT, IS_CHANNEL, PAIR,     \
+                            ROWS_ABREAST(BITS, UNITS, VARIANT, IS_CHANNEL));                                      \
     }                                                                                                             \
     VLMQ_TARGET static void FN(NAME##_ones)(const vlmq_job *job, const vlmq_sweep *sweep, int64_t first,          \
                                             int64_t n_rows, uint8_t *copy, float *totals) {                       \
@@ -265,7 +272,8 @@ DEFINE_SWEEP(sweep_8_1, 8, 1, 1, 0, 0, 1)
 #define DEFINE_FASTER(NAME, BITS, STEPS, UNITS, IS_CHANNEL, PAIR)                                                 \
     VLMQ_TARGET static void FN(NAME##_by_matrix)(const vlmq_job *job, const vlmq_sweep *sweep, int64_t first,     \
                                                  int64_t n_rows, float *totals) {                                 \
-        FN(sweep_fours)(job, sweep, first, n_rows, totals, BITS, STEPS, UNITS, BY_MATRIX, IS_CHANNEL, PAIR);      \
+        FN(sweep_fours)(job, sweep, first, n_rows, totals, BITS, STEPS, UNITS, BY_MATRIX, IS_CHANNEL, PAIR,       \
+                        ROWS_ABREAST(BITS, UNITS, BY_MATRIX, IS_CHANNEL));                                        \
     }                                                                                                             \
     static const FN(sweeps) FN(NAME##_faster) = {FN(NAME##_by_matrix), FN(NAME##_ones)};
 

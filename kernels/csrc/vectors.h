@@ -32,13 +32,14 @@ typedef struct {
     const int32_t *first_group;
     int64_t n_vectors, run, load_bytes, n_tail_vectors, tail_stride; /* run: vectors of run_groups groups */
     int64_t n_blocks, codes, tail_codes, token_bytes; /* bytes into a row, into a token's image */
+    int64_t near, far, turn; /* bytes from a vector to what is fetched with it, before and from vector `turn` on */
     int32_t n_tail_spans, tail_group;                 /* the tail's first group within its run */
     table_t table;
     pick_t pick[MAX_UNITS];
 } FN(view);
 
 VLMQ_TARGET static inline __attribute__((always_inline)) FN(view) FN(view_of)(
-    const vlmq_plan *plan, const vlmq_sweep *sweep, const uint8_t *images, const int UNITS) {
+    const vlmq_plan *plan, const vlmq_sweep *sweep, const uint8_t *images, const int UNITS, const int N_ROWS) {
     FN(view) view;
     view.x = images + sweep->x, view.tail_x = images + sweep->tail_x, view.x_scales = images + plan->block_scales;
     view.first_group = sweep->first_group;
@@ -48,9 +49,19 @@ VLMQ_TARGET static inline __attribute__((always_inline)) FN(view) FN(view_of)(
     view.tail_group = (int32_t)(plan->tail_span % plan->run_groups);
     view.codes = sweep->offset, view.tail_codes = sweep->tail_offset, view.token_bytes = plan->token_bytes;
     view.table = TABLE(sweep->table);
+    /* PREFETCH_BYTES on in the order of reading: along N_ROWS rows side by side, then along the next ones. */
+    const int64_t length = sweep->n_vectors ? sweep->n_vectors * sweep->load_bytes : 1;
+    const int64_t ahead = PREFETCH_BYTES * length / (N_ROWS * plan->row_bytes), rest = ahead % length;
+    view.near = ahead / length * N_ROWS * plan->row_bytes + rest;
+    view.far = view.near - length + N_ROWS * plan->row_bytes;
+    view.turn = (length - rest) / sweep->load_bytes;
     for (int u = 0; u < UNITS; u++) view.pick[u] = LOAD_PICK(sweep->pick[u]);
     return view;
 }
+
+/* Whether rows side by side fetch ahead in the order of reading: 11008 inputs are then read 1.2 to 1.7 times as fast.
+ * Short runs of scales, and AVX512, which reads fewer rows side by side, lose more at 4096 than they gain. */
+#define IN_ORDER (WIDTH == 32 && !UNITS)
 
 #ifndef LOADED_ONCE
 #define LOADED_ONCE(v) (void)(v)
@@ -135,28 +146,34 @@ VLMQ_TARGET static inline __attribute__((always_inline)) void FN(add_vectors)(
     const int N_UNITS = UNITS ? UNITS : 1;
     const uint8_t *x = view->x + image + first * STEPS * WIDTH;
     const uint8_t *at = codes + view->codes + first * view->load_bytes;
-    for (int64_t v = first; v < end; v++, x += STEPS * WIDTH, at += view->load_bytes) {
-        const int32_t group = IS_CHANNEL ? 0 : view->first_group[v];
+    int64_t v = first, stop = end, ahead = PREFETCH_BYTES;
+    if (IN_ORDER) ahead = first < view->turn ? view->near : view->far;
+    if (IN_ORDER && first < view->turn) stop = min_int64(end, view->turn);
+    do {
+        for (; v < stop; v++, x += STEPS * WIDTH, at += view->load_bytes) {
+            const int32_t group = IS_CHANNEL ? 0 : view->first_group[v];
 #pragma GCC unroll 4
-        for (int r = 0; r < N_ROWS; r++) {
-            plane_t plane[8];
-            FETCH_ONCE(at + r * codes_step + PREFETCH_BYTES);
-            UNPACK_VECTOR(plane, at + r * codes_step);
+            for (int r = 0; r < N_ROWS; r++) {
+                plane_t plane[8];
+                FETCH_ONCE(at + r * codes_step + ahead);
+                UNPACK_VECTOR(plane, at + r * codes_step);
 #pragma GCC unroll 4
-            for (int u = 0; u < N_UNITS; u++) {
-                floats_t scale = IS_CHANNEL ? SAME(0.0f)
-                                 : UNITS    ? PICK(scales[r].of, view->pick[u], group)
-                                            : WEIGHT_SCALES(scales[r].of + group);
+                for (int u = 0; u < N_UNITS; u++) {
+                    floats_t scale = IS_CHANNEL ? SAME(0.0f)
+                                     : UNITS    ? PICK(scales[r].of, view->pick[u], group)
+                                                : WEIGHT_SCALES(scales[r].of + group);
 #pragma GCC unroll 4
-                for (int t = 0; t < N_TOKENS; t++) {
-                    floats_t scaled = scale;
-                    if (IS_CHANNEL) scaled = X_SCALES(X_SCALES_OF_BLOCK(FIRST_BLOCK(v)));
-                    else if (N_TOKENS > 1) scaled = TIMES(scale, X_SCALES(X_SCALES_OF_BLOCK(FIRST_BLOCK(v))));
-                    ADD_PRODUCTS(x, u * STEPS / N_UNITS, (u + 1) * STEPS / N_UNITS, scaled);
+                    for (int t = 0; t < N_TOKENS; t++) {
+                        floats_t scaled = scale;
+                        if (IS_CHANNEL) scaled = X_SCALES(X_SCALES_OF_BLOCK(FIRST_BLOCK(v)));
+                        else if (N_TOKENS > 1) scaled = TIMES(scale, X_SCALES(X_SCALES_OF_BLOCK(FIRST_BLOCK(v))));
+                        ADD_PRODUCTS(x, u * STEPS / N_UNITS, (u + 1) * STEPS / N_UNITS, scaled);
+                    }
                 }
             }
         }
-    }
+        stop = end, ahead = view->far;
+    } while (IN_ORDER && v < end);
 }
 
 /* The same for the shorter block. */
