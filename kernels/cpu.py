@@ -1,16 +1,21 @@
 """The packed linear layer on a CPU, in C (csrc/).
 
-Up to `MAX_TOKENS` tokens at a time, as in decoding, codes are multiplied as they are stored with activations
-rounded to 8 bits, one scale for each block of 128 inputs (x ~ s c, c in -127 .. 127, s = max|x| / 127):
+Codes are multiplied as bytes with activations rounded to 8 bits, one scale for each block of 128 inputs
+(x ~ s c, c in -127 .. 127, s = max|x| / 127):
 
     y[n, o] = sum_blocks s[n, block] sum_groups scale[o, g] (sum_i L[q[o, i]] c[n, i] - z[o, g] sum_i c[n, i])
 
-with integer sums in the inner parentheses. More tokens are worth a dense product: W is unpacked in C,
-`CHUNK_WEIGHTS` weights at a time, to what the reference unpacks, and multiplied by torch. The peak beside arguments
-and result is one chunk in the dtype of x (float32 for float16, whose product and W stay in float32 here).
+with integer sums in the inner parentheses. Up to `MAX_TOKENS` tokens, as in decoding, any dtype goes this way; few of
+them meet codes as they are stored (csrc/kernel.h). A prompt, of bfloat16 or float16, goes this way as long as that is
+faster than a dense product (`most_tokens` in csrc/vlmq_cpu.c): tiles of rows are unpacked to bytes, once, and meet all
+tokens (csrc/panels.h). The peak beside arguments and result is x in 8 bits, and for each thread the results of a tile.
+
+Other prompts go through torch: those of float32, which are not rounded, and those whose format or instruction set has
+no faster way. W is unpacked in C, `CHUNK_WEIGHTS` weights at a time, to what the reference unpacks. The peak is then
+one chunk in the dtype of x (float32 for float16, whose product and W stay in float32 here).
 
 Neither the number of threads nor the tokens beside it change a bit of a token's result, except that it is computed in
-one of the two ways. Inputs in float64 and a bias in it are left to the reference.
+one of the three ways. Inputs in float64 and a bias in it are left to the reference.
 """
 
 import ctypes
@@ -49,6 +54,7 @@ class Plan:
                 f"no CPU plan for {fmt.name}, {in_features} inputs, group size {group_size}, {isa}"
             )
         self.address: int = address
+        self.most_tokens: int = library.vlmq_most_tokens(address)
         self.in_features = in_features
         self.library = library
         weakref.finalize(self, library.vlmq_plan_free, address)
@@ -178,7 +184,7 @@ class BoundLayer:
                 f"x must be (..., {plan.in_features}) in float32, bfloat16 or float16 on the CPU, "
                 f"got {tuple(shape)} {x.dtype} on {x.device}"
             )
-        if x.numel() // plan.in_features > MAX_TOKENS:
+        if not _is_multiplied(plan, x):
             return self._apply_unpacked(x)
         return _multiply(plan, self.addresses, (self.out_features,), x, dtype)[0]
 
@@ -248,9 +254,15 @@ class JoinedLayers:
             ValueError: as a call of the first layer alone.
         """
         plan = self.plan
-        if not x.shape or x.shape[-1] != plan.in_features or x.numel() // plan.in_features > MAX_TOKENS:
+        if not x.shape or x.shape[-1] != plan.in_features or not _is_multiplied(plan, x):
             return [layer(x) for layer in self.layers]
         return _multiply(plan, self.addresses, self.widths, x, DTYPES[x.dtype])
+
+
+def _is_multiplied(plan: Plan, x: Tensor) -> bool:
+    """Say whether codes are multiplied with rounded activations."""
+    n_tokens = x.numel() // plan.in_features
+    return n_tokens <= MAX_TOKENS or (n_tokens <= plan.most_tokens and x.dtype != torch.float32)
 
 
 def _multiply(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ABI = 6
+ABI = 7
 PATH = Path(__file__).parent / "libvlmq_cpu.so"
 INSTALL = "install a C compiler (gcc or clang) and install vlmq again"
 
@@ -117,6 +117,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.vlmq_plan_free.argtypes = [pointer]
     library.vlmq_use_team.restype = None
     library.vlmq_use_team.argtypes = [pointer]
+    library.vlmq_most_tokens.restype = long
+    library.vlmq_most_tokens.argtypes = [pointer]
     library.vlmq_linear.argtypes = [pointer, pointer, integer, pointer, long, integer, integer]
     library.vlmq_attend.argtypes = [pointer] * 6 + [ctypes.c_float, integer, integer, integer]
     library.vlmq_dense.argtypes = [pointer] * 4 + [long] * 3 + [integer] * 3

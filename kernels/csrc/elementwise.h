@@ -89,5 +89,23 @@ VLMQ_TARGET static void FN(add)(const void *a, const void *b, int64_t n, void *o
 
 #undef EACH_DTYPE
 
-static const vlmq_kernels FN(kernels) = {FN(quantize_token), FN(multiply_rows), FN(unpack_rows), FN(attend),
-                                         FN(dense),          FN(norm),          FN(rotate),      FN(gate),   FN(add)};
+static const vlmq_kernels FN(kernels) = {
+    .quantize_token = FN(quantize_token),
+    .multiply_rows = FN(multiply_rows),
+    .unpack_rows = FN(unpack_rows),
+    .attend = FN(attend),
+    .dense = FN(dense),
+    .norm = FN(norm),
+    .rotate = FN(rotate),
+    .gate = FN(gate),
+    .add = FN(add),
+#ifdef ABREAST
+    .lay_panel = FN(lay_panel),
+    .multiply_panels = FN(multiply_panels),
+    .abreast = ABREAST,
+    .few = FEW,
+#ifdef WIDE_DOT
+    .takes_bytes = 1,
+#endif
+#endif
+};

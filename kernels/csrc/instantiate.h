@@ -5,6 +5,7 @@
 #include "kernel.h"
 #include "attention.h"
 #include "dense.h"
+#include "panels.h"
 #include "elementwise.h"
 
 #undef VLMQ_TARGET
@@ -70,3 +71,11 @@
 #undef WITH_BIT
 #undef STORE
 #undef IN_ORDER
+#undef ABREAST
+#undef DOT_STEPS
+#undef FOUR_OF_X
+#undef TRANSPOSE
+#undef TILE_ROWS
+#undef ADD_DOT
+#undef FEW
+#undef FILL

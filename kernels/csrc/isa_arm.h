@@ -31,6 +31,22 @@
 #define BFLOATS(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 #define BYTES(p) ((floats_t){(p)[0], (p)[1], (p)[2], (p)[3]})
 #define TIMES_PLUS(a, b, c) vfmaq_f32(c, a, b)
+#define STORE(p, v) vst1q_u8((uint8_t *)(p), v)
+#define FOUR_OF_X(p) vreinterpretq_u8_s32(vdupq_n_s32(*(p)))
+#define TRANSPOSE(v) transpose_4(v)
 #define FOUR_TOTALS(p, a, b, c, d) vst1q_f32(p, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)))
+
+#ifndef VLMQ_TRANSPOSE_4
+#define VLMQ_TRANSPOSE_4
+/* v[i] becomes the lanes i of all. */
+static inline void transpose_4(uint8x16_t v[4]) {
+    const uint32x4x2_t even = vtrnq_u32(vreinterpretq_u32_u8(v[0]), vreinterpretq_u32_u8(v[1]));
+    const uint32x4x2_t odd = vtrnq_u32(vreinterpretq_u32_u8(v[2]), vreinterpretq_u32_u8(v[3]));
+    for (int i = 0; i < 2; i++) {
+        v[i] = vreinterpretq_u8_u32(vcombine_u32(vget_low_u32(even.val[i]), vget_low_u32(odd.val[i])));
+        v[2 + i] = vreinterpretq_u8_u32(vcombine_u32(vget_high_u32(even.val[i]), vget_high_u32(odd.val[i])));
+    }
+}
+#endif
 
 #include "instantiate.h"

@@ -5,6 +5,7 @@
 
 #define sums_t __m256i
 #define DOT(sums, codes, x) _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, x))
+#define DOT_STEPS 8
 #define ODD_DOWN(even, odd, bits) _mm256_add_epi16(even, _mm256_srai_epi16(odd, bits))
 #define FLOATS_OF(sums) _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)))
 

@@ -67,6 +67,12 @@
 #define LOOK_UP_HALVES(table, codes) _mm512_permutexvar_epi16(codes, table)
 #define STORE(p, v) _mm512_storeu_si512(p, v)
 #define FOUR_TOTALS(p, a, b, c, d) _mm_storeu_ps(p, four_totals_of_16(a, b, c, d))
+#define ABREAST 6
+#define FEW 8
+/* In place: of the intrinsic gcc makes copies. */
+#define ADD_DOT(sums, codes, x) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(x))
+#define FOUR_OF_X(p) _mm512_set1_epi32(*(p))
+#define TRANSPOSE(v) transpose_16(v)
 
 /* Of each 4 numbers first, (0 + 2) + (1 + 3), then of the four parts of 16. */
 VLMQ_TARGET static inline __m128 four_totals_of_16(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -101,6 +107,28 @@ VLMQ_TARGET static inline __m512i halves_of_16(__m512 floats) {
     const __mmask16 is_nan = _mm512_cmp_ps_mask(floats, floats, _CMP_UNORD_Q);
     const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), is_nan, high, _mm512_set1_epi32(0x40));
     return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(rounded));
+}
+
+/* v[i] becomes the lanes i of all. */
+VLMQ_TARGET static inline __attribute__((always_inline)) void transpose_16(__m512i v[16]) {
+    __m512i pairs[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {
+        const __m512i a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
+        v[j] = _mm512_shuffle_i32x4(a, c, 0x88), v[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        v[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88), v[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
 }
 
 #include "instantiate.h"

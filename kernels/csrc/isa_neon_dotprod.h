@@ -8,4 +8,6 @@
 
 #define DOT(sums, codes, x) vdotq_s32(sums, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(x))
 
+#define ABREAST 8
+
 #include "isa_arm.h"

@@ -12,6 +12,8 @@ enum { ROWS = 4, TOKENS = 4, PIECE = 64, PREFETCH_BYTES = 8192, PREFETCH_GROUPS 
 
 /* Bytes of a row from which on it may be worth reading one or two at a time; of shorter ones the ends weigh more. */
 enum { LONG_ROW = 512 };
+/* Codes of a row in a tile of panels.h. */
+enum { TILE_CODES = 512 };
 
 /* Fetch what is read once in a token, past the caches that others use between two tokens. */
 #define FETCH_ONCE(p) __builtin_prefetch(p, 0, 0)
@@ -21,10 +23,10 @@ typedef struct {
     const vlmq_plan *plan;
     const void *x;
     void *out;          /* y of vlmq_linear, W of vlmq_unpack */
-    int64_t n_tokens, first_row, n_rows, chunk_rows;
+    int64_t n_tokens, first_row, n_rows, chunk_rows, chunk_tokens;
     const int64_t *rows; /* of vlmq_unpack, where they are listed */
     int dtype;
-    uint8_t *images;    /* (n_tokens rounded up to TOKENS, token_bytes) */
+    uint8_t *images;    /* (n_tokens rounded up to TOKENS, token_bytes), or panels of panels.h */
     uint8_t *scratch;   /* (n_threads, scratch_bytes) */
     int64_t scratch_bytes;
 } vlmq_job;
@@ -63,6 +65,8 @@ typedef struct {
     void (*quantize_token)(void *job, int64_t token, int worker);
     void (*multiply_rows)(void *job, int64_t chunk, int worker);
     void (*unpack_rows)(void *job, int64_t chunk, int worker);
+    void (*lay_panel)(void *job, int64_t panel, int worker);
+    void (*multiply_panels)(void *job, int64_t chunk, int worker);
     void (*attend)(void *attention, int64_t heads, int worker);
     void (*dense)(void *dense_job, int64_t chunk, int worker);
     /* Of n numbers: elementwise.h. */
@@ -70,7 +74,30 @@ typedef struct {
     void (*rotate)(const void *x, const void *cos, const void *sin, int64_t n, void *out, int dtype);
     void (*gate)(const void *gate, const void *up, int64_t n, void *out, int dtype);
     void (*add)(const void *a, const void *b, int64_t n, void *out, int dtype);
+    /* Tokens of a panel, 0 if there are no panels; up to how many rows by themselves are faster; whether panels take
+     * codes of 8 bits. */
+    int abreast, few, takes_bytes;
 } vlmq_kernels;
+
+/* Tokens side by side: activations in fours, from `scales` on a scale for each block, from `sums` on the sum of each
+ * span (of a channel, of all); offsets in bytes. */
+typedef struct {
+    int64_t scales, sums, bytes;
+} vlmq_panel;
+
+static vlmq_panel panel_of(const vlmq_plan *plan, int abreast) {
+    const int64_t n_blocks = (plan->in_features + BLOCK - 1) / BLOCK, n_spans = n_blocks * BLOCK / plan->span;
+    vlmq_panel panel = {.scales = round_up(abreast * n_blocks * BLOCK, 64) + 64};
+    panel.sums = panel.scales + round_up(4 * abreast * n_blocks, 64);
+    panel.bytes = panel.sums + round_up(4 * abreast * n_spans, 64) + 64;
+    return panel;
+}
+
+/* Whether the shorter block is unpacked code by code, for want of whole fours of lanes. */
+static int has_odd_tail(const vlmq_plan *plan) {
+    const int bits = plan->format.bits;
+    return lanes_of(plan->n_tail, bits == 3 ? 1 : bits) % 4 != 0 || (bits == 3 && lanes_of(plan->n_tail, 2) % 4 != 0);
+}
 
 /* The parts of a worker's scratch. */
 typedef struct {

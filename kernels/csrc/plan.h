@@ -63,6 +63,7 @@ struct vlmq_plan {
     int64_t n_spans, n_tail_spans, tail_span;   /* n_spans includes those of the tail */
     int64_t run_groups;                         /* whose scales a kernel holds at a time */
     int64_t token_bytes, block_scales, span_scales, span_sums; /* the image of a token; bytes into it */
+    int64_t most_tokens; /* that vlmq_linear takes */
     int n_sweeps;
     vlmq_sweep sweeps[MAX_SWEEPS];
 };

@@ -101,10 +101,30 @@ int vlmq_isa_runs_here(int isa) { return isa >= 0 && isa < N_ISAS && isas[isa].r
 
 const char *vlmq_forced_isa(void) { return getenv("VLMQ_CPU_ISA"); }
 
+/* Tokens from which on W in bfloat16 and torch's product are faster: where that runs on matrix units (AMX; reckoned,
+ * not measured), and for formats of two terms, which take two products of bytes, where the CPU has products of bfloat16. */
+enum { AMX_TOKENS = 32, TWO_TERM_TOKENS = 64 };
+
+static int64_t most_tokens(const vlmq_plan *plan) {
+    const vlmq_kernels *kernels = isas[plan->isa].kernels;
+    if (!kernels->abreast || (plan->format.bits == 8 && !kernels->takes_bytes)) return VLMQ_MAX_TOKENS;
+#if defined(__x86_64__)
+    unsigned a = 0, b, c, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1)) return AMX_TOKENS;
+    const int has_bfloat16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    if (plan->format.n_terms == 2 && has_bfloat16) return TWO_TERM_TOKENS;
+#endif
+    return INT64_MAX;
+}
+
 vlmq_plan *vlmq_plan_create(const vlmq_format *format, int64_t in_features, int64_t group_size, int isa) {
     if (!vlmq_isa_runs_here(isa)) return NULL;
-    return plan_create(format, in_features, group_size, isa, isas[isa].width, isas[isa].is_wide);
+    vlmq_plan *plan = plan_create(format, in_features, group_size, isa, isas[isa].width, isas[isa].is_wide);
+    if (plan) plan->most_tokens = most_tokens(plan);
+    return plan;
 }
+
+int64_t vlmq_most_tokens(const vlmq_plan *plan) { return plan->most_tokens; }
 
 void vlmq_plan_free(vlmq_plan *plan) {
     if (!plan) return;
@@ -166,15 +186,55 @@ static int run_jobs(vlmq_jobs *jobs, int n_threads, int64_t n_tokens) {
     return 0;
 }
 
+/* Tokens whose results a worker holds at a time; chunks for each thread and panels in a chunk, at least. */
+enum { RESULT_TOKENS = 960, PANEL_CHUNKS_PER_THREAD = 4, MIN_CHUNK_PANELS = 8 };
+
+static int run_panels(vlmq_jobs *jobs, int n_threads) {
+    vlmq_job *first = &jobs->jobs[0];
+    const vlmq_plan *plan = first->plan;
+    const vlmq_kernels *kernels = isas[plan->isa].kernels;
+    const int64_t tile_rows = plan->width / 2, n_panels = (first->n_tokens + kernels->abreast - 1) / kernels->abreast;
+    const int64_t panels_bytes = n_panels * panel_of(plan, kernels->abreast).bytes;
+    int64_t n_tiles = 0, n_chunks = 0;
+    for (int i = 0; i < jobs->n_jobs; i++) n_tiles += (jobs->jobs[i].n_rows + tile_rows - 1) / tile_rows;
+    int is_small = n_tiles * tile_rows * plan->in_features * first->n_tokens < MIN_SHARED_CODES;
+    n_threads = is_small || n_threads < 1 ? 1 : n_threads < VLMQ_MAX_THREADS ? n_threads : VLMQ_MAX_THREADS;
+    int64_t n_parts = (first->n_tokens + RESULT_TOKENS - 1) / RESULT_TOKENS;
+    const int64_t most_parts = n_panels / MIN_CHUNK_PANELS, least_chunks = n_threads * PANEL_CHUNKS_PER_THREAD;
+    while (n_threads > 1 && n_parts < most_parts && n_tiles * n_parts < least_chunks) n_parts++;
+    const int64_t chunk_tokens = (n_panels + n_parts - 1) / n_parts * kernels->abreast;
+    n_parts = (first->n_tokens + chunk_tokens - 1) / chunk_tokens;
+    const int64_t results_bytes = 2 * chunk_tokens * tile_rows * (int64_t)sizeof(float);
+    const int64_t one_scratch = scratch_bytes(plan) + round_up(results_bytes, 64);
+    uint8_t *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, (size_t)(panels_bytes + n_threads * one_scratch))) return -1;
+    for (int i = 0; i < jobs->n_jobs; i++) {
+        vlmq_job *job = &jobs->jobs[i];
+        job->images = memory;
+        job->scratch = memory + panels_bytes;
+        job->scratch_bytes = one_scratch;
+        job->chunk_tokens = chunk_tokens;
+        jobs->first_chunk[i] = n_chunks;
+        n_chunks += (job->n_rows + tile_rows - 1) / tile_rows * n_parts;
+    }
+    jobs->run = kernels->multiply_panels;
+    share_chunks(kernels->lay_panel, first, n_panels, n_threads);
+    share_chunks(run_chunk, jobs, n_chunks, n_threads);
+    free(memory);
+    return 0;
+}
+
 int vlmq_linear(const vlmq_layer *const *layers, void *const *ys, int n_layers, const void *x, int64_t n_tokens,
                 int dtype, int n_threads) {
     if (!n_tokens || !n_layers) return 0;
     const vlmq_plan *plan = layers[0]->plan;
-    vlmq_jobs jobs = {.run = isas[plan->isa].kernels->multiply_rows, .n_jobs = n_layers};
+    const vlmq_kernels *kernels = isas[plan->isa].kernels;
+    vlmq_jobs jobs = {.run = kernels->multiply_rows, .n_jobs = n_layers};
     for (int i = 0; i < n_layers; i++)
         jobs.jobs[i] = (vlmq_job){.layer = layers[i], .plan = plan, .x = x, .out = ys[i], .n_tokens = n_tokens,
                                   .dtype = dtype, .n_rows = layers[i]->out_features};
-    return run_jobs(&jobs, n_threads, n_tokens);
+    int are_many = kernels->abreast && n_tokens > kernels->few && n_tokens <= plan->most_tokens;
+    return are_many ? run_panels(&jobs, n_threads) : run_jobs(&jobs, n_threads, n_tokens);
 }
 
 int vlmq_unpack(const vlmq_layer *layer, const int64_t *rows, int64_t first_row, int64_t n_rows, void *out,

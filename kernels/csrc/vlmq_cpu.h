@@ -3,7 +3,7 @@
  *     y[n, o] = sum_t sum_i s[o, g(i), t] (L[q[o, i], t] - z[o, g(i)]) x[n, i] + bias[o]
  *
  * The layout of the codes q is that of kernels/packing.py. vlmq_linear rounds x to 8 bits for each block of 128
- * inputs; vlmq_unpack gives W itself, so that many tokens can go through a dense matrix product.
+ * inputs; vlmq_unpack gives W itself, for a dense matrix product.
  *
  * A plan holds all that depends on the format, in_features, the group size and the instruction set. It is made
  * once, never changes, and may be used by many threads at a time. Sizes are the caller's promise: nothing here
@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define VLMQ_ABI 6
+#define VLMQ_ABI 7
 #define VLMQ_MAX_LAYERS 8
 #define VLMQ_MAX_TOKENS 16
 #define VLMQ_MAX_THREADS 64
@@ -67,8 +67,12 @@ VLMQ_EXPORT void vlmq_plan_free(vlmq_plan *plan);
 typedef void (*vlmq_team)(void (*run)(void *data), void *data, unsigned n_threads, unsigned flags);
 VLMQ_EXPORT void vlmq_use_team(vlmq_team parallel);
 
+/* How many tokens vlmq_linear takes with this plan: VLMQ_MAX_TOKENS where the instruction set has no kernel for more,
+ * or as many as it multiplies faster than a dense product does. */
+VLMQ_EXPORT int64_t vlmq_most_tokens(const vlmq_plan *plan);
+
 /* Layers with the same plan, at most VLMQ_MAX_LAYERS, of the same x (n_tokens, in_features): ys[i] (n_tokens,
- * out_features of layer i) in `dtype`; n_tokens at most VLMQ_MAX_TOKENS. The result depends neither on n_threads nor
+ * out_features of layer i) in `dtype`; n_tokens at most vlmq_most_tokens. The result depends neither on n_threads nor
  * on the layers beside. Returns 0, or -1 if there is not enough memory. */
 VLMQ_EXPORT int vlmq_linear(const vlmq_layer *const *layers, void *const *ys, int n_layers, const void *x,
                             int64_t n_tokens, int dtype, int n_threads);

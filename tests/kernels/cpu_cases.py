@@ -1,5 +1,7 @@
 """What the tests of the C kernels share: the instruction sets of this CPU, layers, and a model of 8-bit activations."""
 
+import ctypes
+
 import pytest
 import torch
 from random_weights import random_weight
@@ -28,6 +30,29 @@ def random_layer(
     name: str, out_features: int, in_features: int, group_size: int | None, isa: str | None = None
 ) -> cpu.BoundLayer:
     return bound_layer(random_weight(name, out_features, in_features, group_size), isa)
+
+
+def is_rounded(layer: cpu.BoundLayer, n_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether so many tokens are rounded to 8 bits, and not multiplied with W itself."""
+    is_many = n_tokens > cpu.MAX_TOKENS
+    return not is_many or (dtype != torch.float32 and n_tokens <= layer.plan.most_tokens)
+
+
+def takes_prompts(layer: cpu.BoundLayer) -> bool:
+    """Whether its instruction set and format have a kernel for more tokens than a step of decoding has."""
+    return layer.plan.most_tokens > cpu.MAX_TOKENS
+
+
+def multiply(layer: cpu.BoundLayer, x: Tensor, n_threads: int = 1) -> Tensor:
+    """What the kernels for rounded activations give for x (n_tokens, in_features) in float32; NaN if unwritten.
+
+    Layers do not ask it of them for many tokens.
+    """
+    y = torch.full((x.shape[0], layer.out_features), torch.nan)
+    out = (ctypes.c_void_p * 1)(y.data_ptr())
+    args = (layer.addresses, out, 1, x.data_ptr(), x.shape[0], 0, n_threads)
+    assert layer.plan.library.vlmq_linear(*args) == 0
+    return y
 
 
 def rounded(x: Tensor) -> Tensor:

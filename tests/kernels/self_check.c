@@ -9,7 +9,7 @@
 
 #include "vlmq_cpu.h"
 
-enum { MAX_OUT = 13, MAX_IN = 600, N_TOKENS = 5 };
+enum { MAX_OUT = 13, MAX_IN = 600, N_TOKENS = 21 };
 
 static uint32_t state = 1;
 
@@ -37,7 +37,8 @@ static vlmq_format format_of(int bits, int n_terms, int has_zero) {
 }
 
 /* Largest difference over what float32 may round away; 1 is the limit. */
-static double worst_error(vlmq_format format, int in, int out, int group_size, int isa, int portable) {
+static double worst_error(vlmq_format format, int in, int out, int group_size, int isa, int portable,
+                          int is_prompt) {
     static float x[N_TOKENS * MAX_IN], y[N_TOKENS * MAX_OUT], weight[MAX_OUT * MAX_IN];
     static uint8_t qweight[MAX_OUT * (MAX_IN + 64)], zeros[MAX_OUT * 64];
     static uint16_t scales[MAX_OUT * 64 * 2];
@@ -49,16 +50,17 @@ static double worst_error(vlmq_format format, int in, int out, int group_size, i
     vlmq_plan *plan = vlmq_plan_create(&format, in, group_size, isa);
     vlmq_plan *plain = vlmq_plan_create(&format, in, group_size, portable);
     if (!plan || !plain) return INFINITY;
+    const int n_tokens = is_prompt && vlmq_most_tokens(plan) >= N_TOKENS ? N_TOKENS : 5;
     vlmq_layer layer = {plan, qweight, scales, format.has_zero ? zeros : NULL, NULL, out, 0};
     vlmq_layer plain_layer = layer;
     plain_layer.plan = plain;
     for (int i = 0; i < N_TOKENS * out; i++) y[i] = NAN;
     const vlmq_layer *layers[1] = {&layer};
     void *ys[1] = {y};
-    if (vlmq_unpack(&plain_layer, NULL, 0, out, weight, 0, 1) || vlmq_linear(layers, ys, 1, x, N_TOKENS, 0, 2))
+    if (vlmq_unpack(&plain_layer, NULL, 0, out, weight, 0, 1) || vlmq_linear(layers, ys, 1, x, n_tokens, 0, 2))
         return INFINITY;
     double worst = 0;
-    for (int t = 0; t < N_TOKENS; t++) {
+    for (int t = 0; t < n_tokens; t++) {
         round_token(x + t * in, in, rounded);
         for (int o = 0; o < out; o++) {
             double sum = 0, size = 0;
@@ -76,7 +78,7 @@ static double worst_error(vlmq_format format, int in, int out, int group_size, i
 }
 
 int main(void) {
-    const int widths[] = {1, 2, 3, 4, 8}, sizes[] = {0, 16, 32, 64, 128}, inputs[] = {1, 63, 130, 256, 583};
+    const int widths[] = {1, 2, 3, 4, 8}, sizes[] = {0, 16, 32, 64, 128}, inputs[] = {1, 63, 192, 504, 583};
     int portable = 0, n_wrong = 0;
     while (strcmp(vlmq_isa_name(portable), "portable")) portable++;
     for (int isa = 0; isa <= portable; isa++) {
@@ -89,7 +91,9 @@ int main(void) {
             int bits = widths[i % 5], n_terms = i / 125 == 2 ? 2 : 1;
             if (n_terms == 2 && bits != 2 && bits != 4) continue;
             vlmq_format format = format_of(bits, n_terms, i / 125 == 1);
-            double error = worst_error(format, inputs[i / 5 % 5], MAX_OUT, sizes[i / 25 % 5], isa, portable);
+            const int in = inputs[i / 5 % 5], size = sizes[i / 25 % 5];
+            double error = worst_error(format, in, MAX_OUT, size, isa, portable, 0);
+            error = fmax(error, worst_error(format, in, MAX_OUT, size, isa, portable, 1));
             n_wrong += !(error <= 1);
             worst = error <= worst ? worst : error;
         }

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cpu_cases import ISAS, LIBRARY, needs_library, random_layer
+from cpu_cases import ISAS, LIBRARY, multiply, needs_library, random_layer, takes_prompts
 from random_weights import random_weight
 
 from vlmq.formats import FORMATS
@@ -54,13 +54,13 @@ def test_nothing_beyond_the_tensors_is_read(name, isa):
         parts = [None if part is None else guarded.copy(part) for part in parts]
         bias = guarded.copy(torch.randn(out_features))
         layer = cpu.bind(*parts, bias, name, in_features, group_size, isa=isa)
-        for n_tokens in (1, 6):
+        for n_tokens in (1, 6, 20 if takes_prompts(layer) else 16):
             x = guarded.copy(torch.randn(n_tokens, in_features))
             y = guarded.copy(torch.full((n_tokens, out_features), torch.nan))
             out = (ctypes.c_void_p * 1)(y.data_ptr())
             args = (layer.addresses, out, 1, x.data_ptr(), n_tokens, 0, 1)
             assert layer.plan.library.vlmq_linear(*args) == 0
-            assert torch.equal(y, layer(x))
+            assert torch.equal(y, multiply(layer, x))
         out = guarded.copy(torch.empty(out_features, in_features))
         assert layer.plan.library.vlmq_unpack(layer.address, None, 0, out_features, out.data_ptr(), 0, 1) == 0
         assert torch.equal(out, weight.dequantize())
