@@ -76,6 +76,8 @@ def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int)
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind, detail=cpu.isa_in_use),
+    # It rounds prompts too, and takes what the entry before it takes: so it runs only where it is named.
+    Backend("cpu-a8", cpu.why_not, cpu.quant_linear_a8, bind=cpu.bind_a8, detail=cpu.isa_in_use),
     Backend(
         "triton",
         triton_backend.why_not,

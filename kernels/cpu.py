@@ -5,14 +5,15 @@ Codes are multiplied as bytes with activations rounded to 8 bits, one scale for 
 
     y[n, o] = sum_blocks s[n, block] sum_groups scale[o, g] (sum_i L[q[o, i]] c[n, i] - z[o, g] sum_i c[n, i])
 
-with integer sums in the inner parentheses. Up to `MAX_TOKENS` tokens, as in decoding, any dtype goes this way; few of
-them meet codes as they are stored (csrc/kernel.h). A prompt, of bfloat16 or float16, goes this way as long as that is
-faster than a dense product (`most_tokens` in csrc/vlmq_cpu.c): tiles of rows are unpacked to bytes, once, and meet all
-tokens (csrc/panels.h). The peak beside arguments and result is x in 8 bits, and for each thread the results of a tile.
+with integer sums in the inner parentheses. Up to `MAX_TOKENS` tokens, as in decoding, go this way; few of them meet
+codes as they are stored (csrc/kernel.h), of more, tiles of rows are unpacked to bytes, once, and meet all tokens
+(csrc/panels.h).
 
-Other prompts go through torch: those of float32, which are not rounded, and those whose format or instruction set has
-no faster way. W is unpacked in C, `CHUNK_WEIGHTS` weights at a time, to what the reference unpacks. The peak is then
-one chunk in the dtype of x (float32 for float16, whose product and W stay in float32 here).
+More tokens, a prompt, are not rounded: W is unpacked in C, `CHUNK_WEIGHTS` weights at a time, to what the reference
+unpacks, and multiplied by torch. The peak beside arguments and result is one chunk in the dtype of x (float32 for
+float16, whose product and W stay in float32 here). Where that is asked for (`bind_a8`), prompts of bfloat16 and float16
+go the first way too, as long as it is the faster one (`most_tokens` in csrc/vlmq_cpu.c); the peak is then x in 8 bits,
+and for each thread the results of a tile.
 
 Neither the number of threads nor the tokens beside it change a bit of a token's result, except that it is computed in
 one of the three ways. Inputs in float64 and a bias in it are left to the reference.
@@ -105,6 +106,33 @@ def quant_linear(
     return bind(qweight, scales, zeros, bias, format_name, in_features, group_size)(x)
 
 
+def quant_linear_a8(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """As `quant_linear`, with prompts of bfloat16 and float16 rounded too."""
+    return bind_a8(qweight, scales, zeros, bias, format_name, in_features, group_size)(x)
+
+
+def bind_a8(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    format_name: str,
+    in_features: int,
+    group_size: int,
+) -> "BoundLayer":
+    """As `bind`, with prompts of bfloat16 and float16 rounded too."""
+    return bind(qweight, scales, zeros, bias, format_name, in_features, group_size, rounds_prompts=True)
+
+
 def bind(
     qweight: Tensor,
     scales: Tensor,
@@ -115,11 +143,13 @@ def bind(
     group_size: int,
     *,
     isa: str | None = None,
+    rounds_prompts: bool = False,
 ) -> "BoundLayer":
     """Check the tensors of a layer once, and return the layer as a function of x alone.
 
     Args:
         isa: an instruction set that this CPU has; the fastest, or the one of VLMQ_CPU_ISA, unless told.
+        rounds_prompts: whether more than MAX_TOKENS tokens of bfloat16 and float16 may be rounded to 8 bits.
 
     Raises:
         ValueError: a tensor whose shape, dtype or device does not fit the others.
@@ -130,16 +160,23 @@ def bind(
     fmt = get_format(format_name)
     check_parts(qweight, scales, zeros, bias, fmt, in_features, group_size, torch.device("cpu"))
     plan = _plan(fmt.name, in_features, group_size, choose_isa(library, isa))
-    return BoundLayer(plan, qweight, scales, zeros, bias)
+    return BoundLayer(plan, qweight, scales, zeros, bias, rounds_prompts)
 
 
 class BoundLayer:
     """A layer whose tensors were checked, as a function of x. It holds them until `let_go`."""
 
     def __init__(
-        self, plan: Plan, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
+        self,
+        plan: Plan,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        rounds_prompts: bool = False,
     ) -> None:
         self.plan = plan
+        self.most_rounded = max(MAX_TOKENS, plan.most_tokens) if rounds_prompts else MAX_TOKENS
         self.held: tuple[Tensor | None, ...] = (qweight, scales, zeros, bias)
         self.seen = [None if part is None else (part.data_ptr(), part.nbytes) for part in self.held]
         # What is not contiguous is copied, and the copy stays.
@@ -184,7 +221,7 @@ class BoundLayer:
                 f"x must be (..., {plan.in_features}) in float32, bfloat16 or float16 on the CPU, "
                 f"got {tuple(shape)} {x.dtype} on {x.device}"
             )
-        if not _is_multiplied(plan, x):
+        if not self.rounds(x):
             return self._apply_unpacked(x)
         return _multiply(plan, self.addresses, (self.out_features,), x, dtype)[0]
 
@@ -195,6 +232,11 @@ class BoundLayer:
             *(other for other in others if isinstance(other, BoundLayer) and other.plan is self.plan),
         ]
         return JoinedLayers(layers) if len(others) < len(layers) <= MAX_LAYERS else None
+
+    def rounds(self, x: Tensor) -> bool:
+        """Say whether the activations x (..., in_features) are rounded to 8 bits."""
+        n_tokens = x.numel() // self.plan.in_features
+        return n_tokens <= MAX_TOKENS or (n_tokens <= self.most_rounded and x.dtype != torch.float32)
 
     def _apply_unpacked(self, x: Tensor) -> Tensor:
         """Multiply x with W, unpacked chunk by chunk."""
@@ -254,15 +296,9 @@ class JoinedLayers:
             ValueError: as a call of the first layer alone.
         """
         plan = self.plan
-        if not x.shape or x.shape[-1] != plan.in_features or not _is_multiplied(plan, x):
+        if not x.shape or x.shape[-1] != plan.in_features or not self.layers[0].rounds(x):
             return [layer(x) for layer in self.layers]
         return _multiply(plan, self.addresses, self.widths, x, DTYPES[x.dtype])
-
-
-def _is_multiplied(plan: Plan, x: Tensor) -> bool:
-    """Say whether codes are multiplied with rounded activations."""
-    n_tokens = x.numel() // plan.in_features
-    return n_tokens <= MAX_TOKENS or (n_tokens <= plan.most_tokens and x.dtype != torch.float32)
 
 
 def _multiply(

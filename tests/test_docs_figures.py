@@ -215,17 +215,19 @@ def test_models_of_other_packages():
 def test_attention_and_prompts():
     measured = json.loads((RESULTS / "decoding.json").read_text())["milliseconds"]
     table = rows("docs/speed.md", "| | torch, or own code | vlmq |")
-    assert len(table) == 11
+    assert len(table) == 9
     for name, *cells in table:
         if name.startswith(("attention", "head")):
             expected = [measured[f"{name}: torch"], measured[f"{name}: vlmq"]]
-        elif name.startswith("layer"):
+        else:
             layer = name.replace("`", "")
             expected = [measured[f"{layer}: own code"], measured[f"{layer}: one call"]]
-        else:
-            tokens, scheme = name.split(", ")
-            expected = [measured[f"{tokens}: torch"], measured[f"{tokens}: {scheme.strip('`')}"]]
         assert_shown(cells, expected, name)
+    table = rows("docs/speed.md", "| | torch | `ternary-g64` |")
+    assert len(table) == 2
+    for name, *cells in table:
+        kinds = ("torch", "ternary-g64", "ternary-g64, rounded", "int4-g64", "int4-g64, rounded")
+        assert_shown(cells, [measured[f"{name}: {kind}"] for kind in kinds], name)
 
 
 def test_memory_of_quantize():

@@ -31,8 +31,13 @@ def test_all_calls_are_timed(monkeypatch, tmp_path, capsys):
         "head, 128 x 64: torch",
         "head, 128 x 64: vlmq",
         "64 tokens: torch",
-        "64 tokens: ternary-g64",
-        "64 tokens: int4-g64",
+        "256 tokens: torch",
+        *(
+            f"{n_tokens} tokens: {s}{note}"
+            for s in ("ternary-g64", "int4-g64")
+            for note in ("", ", rounded")
+            for n_tokens in (64, 256)
+        ),
     ]
     assert list(record["milliseconds"]) == rows
     assert min(record["milliseconds"].values()) > 0

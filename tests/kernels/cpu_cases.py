@@ -18,24 +18,30 @@ needs_library = pytest.mark.skipif(isinstance(LIBRARY, str), reason=str(LIBRARY)
 
 
 def bound_layer(
-    weight: QuantizedWeight, isa: str | None = None, bias: Tensor | None = None
+    weight: QuantizedWeight,
+    isa: str | None = None,
+    bias: Tensor | None = None,
+    *,
+    rounds_prompts: bool = False,
 ) -> cpu.BoundLayer:
     fmt, group_size = weight.format, weight.group_size or 0
     packed = pack(weight.codes, fmt.bits)
     width = weight.codes.shape[1]
-    return cpu.bind(packed, weight.scales, weight.zeros, bias, fmt.name, width, group_size, isa=isa)
+    parts = (packed, weight.scales, weight.zeros, bias)
+    return cpu.bind(*parts, fmt.name, width, group_size, isa=isa, rounds_prompts=rounds_prompts)
 
 
 def random_layer(
-    name: str, out_features: int, in_features: int, group_size: int | None, isa: str | None = None
+    name: str,
+    out_features: int,
+    in_features: int,
+    group_size: int | None,
+    isa: str | None = None,
+    *,
+    rounds_prompts: bool = False,
 ) -> cpu.BoundLayer:
-    return bound_layer(random_weight(name, out_features, in_features, group_size), isa)
-
-
-def is_rounded(layer: cpu.BoundLayer, n_tokens: int, dtype: torch.dtype) -> bool:
-    """Whether so many tokens are rounded to 8 bits, and not multiplied with W itself."""
-    is_many = n_tokens > cpu.MAX_TOKENS
-    return not is_many or (dtype != torch.float32 and n_tokens <= layer.plan.most_tokens)
+    weight = random_weight(name, out_features, in_features, group_size)
+    return bound_layer(weight, isa, rounds_prompts=rounds_prompts)
 
 
 def takes_prompts(layer: cpu.BoundLayer) -> bool:
@@ -46,7 +52,7 @@ def takes_prompts(layer: cpu.BoundLayer) -> bool:
 def multiply(layer: cpu.BoundLayer, x: Tensor, n_threads: int = 1) -> Tensor:
     """What the kernels for rounded activations give for x (n_tokens, in_features) in float32; NaN if unwritten.
 
-    Layers do not ask it of them for many tokens.
+    Layers ask it of them for many tokens in half precision only, and only if prompts may be rounded.
     """
     y = torch.full((x.shape[0], layer.out_features), torch.nan)
     out = (ctypes.c_void_p * 1)(y.data_ptr())

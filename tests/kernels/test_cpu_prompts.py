@@ -17,6 +17,7 @@ from random_weights import random_weight
 
 from vlmq.formats import FORMATS, GROUP_SIZES, QuantizedWeight, get_format
 from vlmq.kernels import cpu
+from vlmq.linear import QuantLinear
 
 pytestmark = needs_library
 
@@ -104,18 +105,33 @@ def test_a_special_scale_shows_in_a_prompt(isa):
 
 @pytest.mark.parametrize("isa", WITH_PROMPTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_prompts_of_half_precision_are_rounded_and_of_float32_are_not(dtype, isa):
-    layer = random_layer("int4", 40, 300, 64, isa)
+def test_prompts_of_half_precision_are_rounded_where_that_is_asked_for(dtype, isa):
+    weight = random_weight("int4", 40, 300, 64)
+    layer, plain = bound_layer(weight, isa, rounds_prompts=True), bound_layer(weight, isa)
     x = torch.randn(2, 20, 300).to(dtype)
     y = layer(x)
     assert torch.equal(y.flatten(0, 1), multiply(layer, x.float().flatten(0, 1)).to(dtype))
-    exact = x.flatten(0, 1).double() @ layer.unpack(slice(0, 40), torch.float32).double().T
+    exact = x.flatten(0, 1).double() @ weight.dequantize().double().T
     assert relative_error(layer(x.float()).flatten(0, 1), exact) < 3e-6
+    assert relative_error(plain(x.float()).flatten(0, 1), exact) < 3e-6
+    assert not torch.equal(plain(x), y)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu-a8"])
+def test_the_entry_of_8_bit_activations_rounds_prompts_and_no_other(monkeypatch, backend):
+    monkeypatch.setenv("VLMQ_BACKEND", backend)
+    weight, x = random_weight("int4", 40, 300, 64), torch.randn(20, 300, dtype=torch.bfloat16)
+    layer = QuantLinear.from_quantized(weight, dtype=torch.bfloat16)
+    expected = bound_layer(weight, rounds_prompts=backend == "cpu-a8")(x)
+    assert torch.equal(layer(x), expected)
+    args = (layer.qweight, layer.scales, layer.zeros, None, "int4", 300, 64)
+    assert torch.equal(torch.ops.vlmq.quant_linear(x, *args), expected)
+    assert layer.kernel().startswith(f"{backend} (")
 
 
 @pytest.mark.parametrize("isa", WITH_PROMPTS)
 def test_prompts_of_joined_layers_equal_those_of_layers_alone(isa):
-    layers = [random_layer("ternary", n, 330, 64, isa) for n in (6, 131, 1)]
+    layers = [random_layer("ternary", n, 330, 64, isa, rounds_prompts=True) for n in (6, 131, 1)]
     x = torch.randn(cpu.MAX_TOKENS + 5, 330, dtype=torch.bfloat16)
     joined = layers[0].join(layers[1:])
     assert joined is not None
@@ -125,6 +141,6 @@ def test_prompts_of_joined_layers_equal_those_of_layers_alone(isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["int8", "binary2"])
 def test_each_number_of_tokens_is_computed(name, isa):
-    layer = random_layer(name, 3, 70, 64, isa)
+    layer = random_layer(name, 3, 70, 64, isa, rounds_prompts=True)
     for n_tokens in (16, 17, 32, 33, 64, 65):
         assert layer(torch.randn(n_tokens, 70, dtype=torch.bfloat16)).isfinite().all()
