@@ -106,8 +106,8 @@ def prompt_calls() -> dict[str, Callable[[], Any]]:
         codes = torch.randint(0, 256, (SIZE, row_bytes(SIZE, fmt.bits)), dtype=torch.uint8)
         zeros = torch.randint(0, 256, groups, dtype=torch.uint8) if fmt.has_zero else None
         parts = (codes, torch.rand(*groups, fmt.n_terms).half(), zeros, None, name, SIZE, group_size)
-        for bind, note in ((cpu.bind, ""), (cpu.bind_a8, ", rounded")):
-            layer = bind(*parts)
+        for rounds, note in ((False, ""), (True, ", rounded")):
+            layer = cpu.bind(*parts, rounds_prompts=rounds)
             for n_tokens, x in inputs.items():
                 calls[f"{n_tokens} tokens: {name}-g{group_size}{note}"] = lambda layer=layer, x=x: layer(x)
     return calls

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -77,7 +77,13 @@ def _runs_always(x: Tensor, format_name: str, in_features: int, group_size: int)
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", cpu.why_not, cpu.quant_linear, bind=cpu.bind, detail=cpu.isa_in_use),
     # It rounds prompts too, and takes what the entry before it takes: so it runs only where it is named.
-    Backend("cpu-a8", cpu.why_not, cpu.quant_linear_a8, bind=cpu.bind_a8, detail=cpu.isa_in_use),
+    Backend(
+        "cpu-a8",
+        cpu.why_not,
+        partial(cpu.quant_linear, rounds_prompts=True),
+        bind=partial(cpu.bind, rounds_prompts=True),
+        detail=cpu.isa_in_use,
+    ),
     Backend(
         "triton",
         triton_backend.why_not,

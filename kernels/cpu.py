@@ -11,9 +11,9 @@ codes as they are stored (csrc/kernel.h), of more, tiles of rows are unpacked to
 
 More tokens, a prompt, are not rounded: W is unpacked in C, `CHUNK_WEIGHTS` weights at a time, to what the reference
 unpacks, and multiplied by torch. The peak beside arguments and result is one chunk in the dtype of x (float32 for
-float16, whose product and W stay in float32 here). Where that is asked for (`bind_a8`), prompts of bfloat16 and float16
-go the first way too, as long as it is the faster one (`most_tokens` in csrc/vlmq_cpu.c); the peak is then x in 8 bits,
-and for each thread the results of a tile.
+float16, whose product and W stay in float32 here). Where that is asked for (`rounds_prompts`), prompts of bfloat16 and
+float16 go the first way too, as long as it is the faster one (`most_tokens` in csrc/vlmq_cpu.c); the peak is then x in
+8 bits, and for each thread the results of a tile.
 
 Neither the number of threads nor the tokens beside it change a bit of a token's result, except that it is computed in
 one of the three ways. Inputs in float64 and a bias in it are left to the reference.
@@ -97,40 +97,16 @@ def quant_linear(
     format_name: str,
     in_features: int,
     group_size: int,
+    *,
+    rounds_prompts: bool = False,
 ) -> Tensor:
-    """Apply the packed linear layer; as `vlmq.kernels.reference.quant_linear`, but for the rounding of x.
+    """Apply the packed linear layer; as `vlmq.kernels.reference.quant_linear`, but for the rounding of x (`bind`).
 
     Raises:
         ValueError: a tensor whose shape, dtype or device does not fit the others.
     """
-    return bind(qweight, scales, zeros, bias, format_name, in_features, group_size)(x)
-
-
-def quant_linear_a8(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    format_name: str,
-    in_features: int,
-    group_size: int,
-) -> Tensor:
-    """As `quant_linear`, with prompts of bfloat16 and float16 rounded too."""
-    return bind_a8(qweight, scales, zeros, bias, format_name, in_features, group_size)(x)
-
-
-def bind_a8(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    format_name: str,
-    in_features: int,
-    group_size: int,
-) -> "BoundLayer":
-    """As `bind`, with prompts of bfloat16 and float16 rounded too."""
-    return bind(qweight, scales, zeros, bias, format_name, in_features, group_size, rounds_prompts=True)
+    parts = (qweight, scales, zeros, bias)
+    return bind(*parts, format_name, in_features, group_size, rounds_prompts=rounds_prompts)(x)
 
 
 def bind(
@@ -176,7 +152,7 @@ class BoundLayer:
         rounds_prompts: bool = False,
     ) -> None:
         self.plan = plan
-        self.most_rounded = max(MAX_TOKENS, plan.most_tokens) if rounds_prompts else MAX_TOKENS
+        self.most_rounded = plan.most_tokens if rounds_prompts else MAX_TOKENS
         self.held: tuple[Tensor | None, ...] = (qweight, scales, zeros, bias)
         self.seen = [None if part is None else (part.data_ptr(), part.nbytes) for part in self.held]
         # What is not contiguous is copied, and the copy stays.

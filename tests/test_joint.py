@@ -87,7 +87,7 @@ def test_layers_of_another_kind_are_launched_alone(launches, changed):
 
 
 def test_more_tokens_than_pay_are_launched_layer_by_layer(launches):
-    model, x = Attention(), torch.randn(joint.MAX_TOKENS + 1, WIDTH)
+    model, x = Attention(), torch.randn(joint.MAX_FUSED_TOKENS + 1, WIDTH)
     assert torch.equal(model(x), alone(model, x))
     assert launches == []
 
@@ -100,6 +100,15 @@ def test_a_gradient_passes_as_through_each_layer(launches, of):
     for module in (model.q, model.k, model.v):
         module.joint = None
     assert torch.equal(grad, torch.autograd.grad(model(x).square().sum(), leaf)[0])
+    assert launches == []
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_scales_that_require_a_gradient_are_refused_as_by_one_layer(launches, name):
+    model = Attention()
+    getattr(model, name).scales.requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient for its scales"):
+        model(torch.randn(3, WIDTH))
     assert launches == []
 
 

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from vlmq.calls import runs_of_calls
 from vlmq.formats import Format
 from vlmq.kernels.ops import quant_linears, runs_plainly, wants_gradient
-
-MAX_TOKENS = 256
-"""Most tokens of a launch: of more, the weights are unpacked for each layer by itself, and one launch saves nothing."""
+from vlmq.kernels.triton_config import MAX_FUSED_TOKENS
 
 MAX_MISSED = 3
 """As often in a row results may be left before the layers are computed one by one for good."""
@@ -80,7 +78,8 @@ class JointLayers:
             self._waiting = None
         first = self.layers[0]
         parts = [layer._parameters for layer in self.layers]
-        is_many = x.numel() > MAX_TOKENS * first.in_features
+        # Of more tokens, weights are unpacked for each layer by itself, and one launch saves nothing.
+        is_many = x.numel() > MAX_FUSED_TOKENS * first.in_features
         if self._missed >= MAX_MISSED or is_many or not self._fit(x, parts):
             return None
         qweights = _tensors(parts, "qweight")
@@ -92,10 +91,11 @@ class JointLayers:
 
     def _fit(self, x: Tensor, parts: Sequence[dict[str, nn.Parameter | None]]) -> bool:
         biases = [own["bias"] for own in parts]
+        differentiable = [*biases, *_tensors(parts, "scales")]
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() or wants_gradient(x, biases):
+            if torch.compiler.is_exporting() or wants_gradient(x, differentiable):
                 return False
-        elif not runs_plainly(x, biases):
+        elif not runs_plainly(x, differentiable):
             return False
         # Of layers that are moved to the device for their calls only, the later ones are elsewhere yet.
         is_here = all(weight.device == x.device for weight in _tensors(parts, "qweight"))
