@@ -10,6 +10,7 @@ from tiny_models import build
 from torch import nn
 
 from vlmq import joint
+from vlmq.kernels import triton_config
 from vlmq.kernels.backends import OVERRIDE
 from vlmq.linear import QuantLinear, link_siblings
 
@@ -86,8 +87,12 @@ def test_layers_of_another_kind_are_launched_alone(launches, changed):
     assert model.q.joint is model.o.joint is None
 
 
+def test_as_many_tokens_are_launched_together_as_one_kernel_takes():
+    assert joint.MAX_TOKENS == triton_config.MAX_FUSED_TOKENS
+
+
 def test_more_tokens_than_pay_are_launched_layer_by_layer(launches):
-    model, x = Attention(), torch.randn(joint.MAX_FUSED_TOKENS + 1, WIDTH)
+    model, x = Attention(), torch.randn(joint.MAX_TOKENS + 1, WIDTH)
     assert torch.equal(model(x), alone(model, x))
     assert launches == []
 

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from vlmq.calls import runs_of_calls
 from vlmq.formats import Format
 from vlmq.kernels.ops import quant_linears, runs_plainly, wants_gradient
-from vlmq.kernels.triton_config import MAX_FUSED_TOKENS
+
+MAX_TOKENS = 256
+"""Most tokens of a launch: of more, the weights are unpacked for each layer by itself, and one launch saves nothing."""
 
 MAX_MISSED = 3
 """As often in a row results may be left before the layers are computed one by one for good."""
@@ -78,8 +80,7 @@ class JointLayers:
             self._waiting = None
         first = self.layers[0]
         parts = [layer._parameters for layer in self.layers]
-        # Of more tokens, weights are unpacked for each layer by itself, and one launch saves nothing.
-        is_many = x.numel() > MAX_FUSED_TOKENS * first.in_features
+        is_many = x.numel() > MAX_TOKENS * first.in_features
         if self._missed >= MAX_MISSED or is_many or not self._fit(x, parts):
             return None
         qweights = _tensors(parts, "qweight")
